@@ -1,0 +1,1 @@
+"""pykvm: a programmable virtual machine monitor over /dev/kvm (Linux, x86-64)."""

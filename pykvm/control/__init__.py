@@ -1,0 +1,1 @@
+"""The verbs that command line, control socket and test plugin share."""

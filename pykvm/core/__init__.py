@@ -1,0 +1,1 @@
+"""The live machine: memory, bus, interrupts, exits, vCPUs."""

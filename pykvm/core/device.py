@@ -1,0 +1,63 @@
+"""What a device is. Layer: core; imports only Outcome.
+
+A device sees offsets into its own region, never addresses, and never the VM. It gets its IrqLine and its sinks in
+its constructor. Accesses are 1, 2, 4 or 8 bytes wide; the bus guarantees 0 <= offset and offset + size <= length of
+the region, masks what `read` returns to the access size, and hands `write` an unsigned value of that size.
+
+`read` and `write` run on the vCPU thread that made the access: a device of an SMP machine, or one that also hears
+from the I/O thread, protects its own state with a lock, and calls nothing but its IrqLine and sinks under it.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pykvm.core.outcome import Outcome
+
+
+class Device:
+    """Base class with the behaviour of an empty bus; any object with these methods will do."""
+
+    name = "device"
+
+    def read(self, offset: int, size: int) -> int:
+        """The value of `size` bytes at `offset`."""
+        return (1 << (size * 8)) - 1
+
+    def write(self, offset: int, size: int, value: int) -> Outcome | None:
+        """Take `value`; an Outcome returned here ends the run with it."""
+        return None
+
+    def reset(self) -> None:
+        """Return to the power-on state (machine reset)."""
+
+    def close(self) -> None:
+        """Release host resources (files, threads); called once, when the machine closes."""
+
+
+class IrqLine:
+    """One interrupt input of the machine (a GSI), as a device holds it.
+
+    `set(level)` drives the line; only changes reach the interrupt controller. `pulse()` makes one edge. Safe to call
+    from any thread that holds its device's lock (the device serialises its own line).
+    """
+
+    __slots__ = ("_drive", "gsi", "level")
+
+    def __init__(self, gsi: int, drive: Callable[[int, bool], None]) -> None:
+        self.gsi = gsi
+        self.level = False
+        self._drive = drive
+
+    def set(self, level: bool) -> None:
+        """Drive the line high or low."""
+        if level is not self.level:
+            self.level = level
+            self._drive(self.gsi, level)
+
+    def pulse(self) -> None:
+        """One rising edge, for edge-triggered lines."""
+        self.set(True)
+        self.set(False)

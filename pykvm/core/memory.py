@@ -1,0 +1,249 @@
+"""Guest physical memory: slots, their backing, and every bounds check on a GPA. Layer: core.
+
+`GuestMemory` owns the host mappings and knows nothing of KVM; the machine registers each slot with
+KVM_SET_USER_MEMORY_REGION. Pages are allocated by the kernel when first touched (MAP_NORESERVE), so a machine of
+512 MiB costs no RSS until its guest uses it.
+
+Source: KVM API documentation, 4.35 KVM_SET_USER_MEMORY_REGION.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+from pykvm._native import ffi
+from pykvm.errors import ConfigError, GuestAddressError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PAGE_SIZE = 4096
+HUGE_PAGE_SIZE = 2 << 20
+
+
+class Slot:
+    """One memslot: [gpa, gpa + size) of the guest backed by host memory at `hva`."""
+
+    __slots__ = ("fd", "fd_offset", "gpa", "hva", "index", "map", "name", "readonly", "size", "view")
+
+    def __init__(
+        self, index: int, gpa: int, size: int, backing: mmap.mmap, name: str, readonly: bool, fd: int
+    ) -> None:
+        self.index = index
+        self.gpa = gpa
+        self.size = size
+        self.map = backing
+        self.name = name
+        self.readonly = readonly
+        self.fd = fd
+        self.fd_offset = 0
+        self.view = memoryview(backing)
+        self.hva = int(ffi.cast("uintptr_t", ffi.from_buffer(backing)))
+
+    @property
+    def end(self) -> int:
+        """First GPA past the slot."""
+        return self.gpa + self.size
+
+    def __repr__(self) -> str:
+        ro = " ro" if self.readonly else ""
+        return f"<Slot {self.index} {self.name} [{self.gpa:#x}, {self.end:#x}){ro}>"
+
+
+class GuestMemory:
+    """The guest's physical memory. Addresses are GPAs; sizes are bytes.
+
+    >>> memory.write(0x7c00, code); memory.read(0x7c00, 4); memory[0x7c00:0x7c04]; memory.read_u32(0x500)
+
+    Every accessor raises GuestAddressError when any byte lies outside the slots, and then nothing was changed.
+    The host may write slots that are read-only to the guest (firmware).
+    """
+
+    def __init__(self, *, memfd: bool = False, hugepages: bool = False) -> None:
+        self.memfd = memfd
+        self.hugepages = hugepages
+        self.slots: list[Slot] = []
+
+    # -- making slots -------------------------------------------------------------------------------------------
+
+    def add(self, gpa: int, size: int, *, name: str = "ram", readonly: bool = False) -> Slot:
+        """Map `size` bytes of zeroed memory at `gpa`; both are page-aligned and overlap no other slot."""
+        if gpa % PAGE_SIZE or size % PAGE_SIZE or size <= 0:
+            raise ConfigError("memory", f"slot {name} [{gpa:#x}, +{size:#x}) is not page-aligned")
+        for other in self.slots:
+            if gpa < other.end and other.gpa < gpa + size:
+                raise ConfigError("memory", f"slot {name} [{gpa:#x}, {gpa + size:#x}) overlaps {other}")
+        fd = -1
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+        try:
+            if self.memfd:
+                fd = os.memfd_create(f"pykvm-{name}", os.MFD_CLOEXEC | (os.MFD_HUGETLB if self.hugepages else 0))
+                os.ftruncate(fd, size)
+                flags = mmap.MAP_SHARED | mmap.MAP_NORESERVE
+            backing = mmap.mmap(fd, size, flags)
+        except OSError as error:
+            if fd >= 0:
+                os.close(fd)
+            raise ConfigError("memory", f"cannot map {size >> 20} MiB for {name}: {error.strerror}") from error
+        if self.hugepages and not self.memfd:
+            backing.madvise(mmap.MADV_HUGEPAGE)
+        index = max((slot.index for slot in self.slots), default=-1) + 1
+        slot = Slot(index, gpa, size, backing, name, readonly, fd)
+        self.slots.append(slot)
+        self.slots.sort(key=lambda each: each.gpa)
+        return slot
+
+    def remove(self, slot: Slot) -> None:
+        """Unmap a slot that KVM no longer knows."""
+        self.slots.remove(slot)
+        _release(slot)
+
+    def close(self) -> None:
+        """Unmap everything. A view that a caller still holds keeps its own slot mapped until it is dropped."""
+        for slot in self.slots:
+            _release(slot)
+        self.slots.clear()
+
+    # -- finding ------------------------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """Bytes in all slots together."""
+        return sum(slot.size for slot in self.slots)
+
+    def slot_at(self, gpa: int) -> Slot | None:
+        """The slot that holds `gpa`, or None."""
+        for slot in self.slots:
+            if slot.gpa <= gpa < slot.end:
+                return slot
+        return None
+
+    def contains(self, gpa: int, length: int = 1) -> bool:
+        """Whether every byte of [gpa, gpa + length) is guest memory."""
+        try:
+            for _ in self._pieces(gpa, length):
+                pass
+        except GuestAddressError:
+            return False
+        return True
+
+    def _pieces(self, gpa: int, length: int) -> Iterator[tuple[Slot, int, int]]:
+        """(slot, offset, length) of each slot's part of [gpa, gpa + length). The one place that checks bounds."""
+        if gpa < 0 or length < 0:
+            raise GuestAddressError(gpa, length, "is not an address range")
+        at, left = gpa, length
+        while left:
+            slot = self.slot_at(at)
+            if slot is None:
+                raise GuestAddressError(gpa, length)
+            part = min(left, slot.end - at)
+            yield slot, at - slot.gpa, part
+            at += part
+            left -= part
+
+    # -- access -------------------------------------------------------------------------------------------------
+
+    def view(self, gpa: int, length: int) -> memoryview:
+        """A writable view straight into guest memory; the range must lie in one slot. Release it before close()."""
+        slot = self.slot_at(gpa)
+        if slot is None or length < 0 or gpa + length > slot.end:
+            raise GuestAddressError(gpa, length, "is not inside one memory slot")
+        offset = gpa - slot.gpa
+        return slot.view[offset : offset + length]
+
+    def read(self, gpa: int, length: int) -> bytes:
+        """A copy of [gpa, gpa + length)."""
+        pieces = list(self._pieces(gpa, length))
+        return b"".join(bytes(slot.view[at : at + part]) for slot, at, part in pieces)
+
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Copy `data` to `gpa`."""
+        source = memoryview(data).cast("B")
+        pieces = list(self._pieces(gpa, len(source)))
+        done = 0
+        for slot, at, part in pieces:
+            slot.view[at : at + part] = source[done : done + part]
+            done += part
+
+    def fill(self, gpa: int, length: int, byte: int = 0) -> None:
+        """Set [gpa, gpa + length) to `byte`, a mebibyte at a time."""
+        pieces = list(self._pieces(gpa, length))
+        block = bytes([byte]) * min(length, 1 << 20)
+        for slot, at, part in pieces:
+            for start in range(at, at + part, len(block)):
+                step = min(len(block), at + part - start)
+                slot.view[start : start + step] = block[:step]
+
+    def read_uint(self, gpa: int, size: int) -> int:
+        """A little-endian unsigned integer of `size` bytes."""
+        return int.from_bytes(self.read(gpa, size), "little")
+
+    def write_uint(self, gpa: int, size: int, value: int) -> None:
+        """Store a little-endian unsigned integer of `size` bytes."""
+        self.write(gpa, value.to_bytes(size, "little"))
+
+    def read_u8(self, gpa: int) -> int:
+        """The byte at `gpa`."""
+        return self.read_uint(gpa, 1)
+
+    def read_u16(self, gpa: int) -> int:
+        """The 16-bit little-endian value at `gpa`."""
+        return self.read_uint(gpa, 2)
+
+    def read_u32(self, gpa: int) -> int:
+        """The 32-bit little-endian value at `gpa`."""
+        return self.read_uint(gpa, 4)
+
+    def read_u64(self, gpa: int) -> int:
+        """The 64-bit little-endian value at `gpa`."""
+        return self.read_uint(gpa, 8)
+
+    def read_cstring(self, gpa: int, limit: int = 4096) -> bytes:
+        """The bytes at `gpa` up to a NUL (not included), `limit` bytes or the end of memory."""
+        parts = bytearray()
+        while len(parts) < limit and (slot := self.slot_at(gpa + len(parts))) is not None:
+            at = gpa + len(parts) - slot.gpa
+            piece = bytes(slot.view[at : min(at + 256, slot.size, at + limit - len(parts))])
+            end = piece.find(0)
+            if end >= 0:
+                return bytes(parts + piece[:end])
+            parts += piece
+        return bytes(parts)
+
+    def __getitem__(self, key: int | slice) -> int | bytes:
+        if isinstance(key, slice):
+            start, length = _span(key)
+            return self.read(start, length)
+        return self.read_u8(key)
+
+    def __setitem__(self, key: int | slice, value: int | bytes | bytearray | memoryview) -> None:
+        if isinstance(key, int):
+            if not isinstance(value, int):
+                raise TypeError("one byte of guest memory takes an int")
+            self.write(key, bytes([value]))
+            return
+        if isinstance(value, int):
+            raise TypeError("a range of guest memory takes bytes")
+        start, length = _span(key)
+        if len(value) != length:
+            raise ValueError(f"{length} bytes of guest memory cannot take {len(value)} bytes")
+        self.write(start, value)
+
+
+def _span(key: slice) -> tuple[int, int]:
+    if key.start is None or key.stop is None or key.step not in (None, 1):
+        raise ValueError("guest memory slices need a start and a stop, and no step")
+    return key.start, key.stop - key.start
+
+
+def _release(slot: Slot) -> None:
+    try:
+        slot.view.release()
+        slot.map.close()
+    except BufferError:
+        pass  # a caller holds a view: the mapping goes with the last one
+    if slot.fd >= 0:
+        os.close(slot.fd)
+        slot.fd = -1

@@ -1,0 +1,1 @@
+"""Looking inside: crash reports, exit statistics."""

@@ -1,0 +1,1 @@
+"""The legacy PC devices, one file each."""
