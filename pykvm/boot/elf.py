@@ -1,0 +1,237 @@
+"""ELF: a small reader whose every bound is checked, and the placing of its segments. Layer: boot.
+
+A file is refused (ImageError) rather than half-read: whatever its headers say, time and memory are bounded by
+the limits below and by the file's own size.
+
+Source: System V gABI, chapters 4 and 5; AMD64 psABI for the 64-bit structures.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from pykvm.boot.placement import fits, ram_ranges
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pykvm.boot.image import ImageFile
+    from pykvm.core.memory import GuestMemory
+
+ELF_MAGIC = b"\x7fELF"
+ET_NAMES = {1: "a relocatable object (link it first)", 4: "a core dump"}
+ET_EXEC, ET_DYN = 2, 3
+EM_386, EM_X86_64 = 3, 62
+PT_LOAD, PT_INTERP, PT_NOTE = 1, 3, 4
+
+MAX_SEGMENTS = 1024  # kernels have about five; PN_XNUM (0xffff, "see section 0") is refused with the rest
+MAX_SECTIONS = 0xFF00  # SHN_LORESERVE
+MAX_NOTE_BYTES = 1 << 20  # of all PT_NOTE segments together; a kernel's notes are a few hundred bytes
+
+_EHDR = {32: struct.Struct("<16xHHIIIIIHHHHHH"), 64: struct.Struct("<16xHHIQQQIHHHHHH")}
+_PHDR = {32: struct.Struct("<8I"), 64: struct.Struct("<IIQQQQQQ")}
+_SHDR = {32: struct.Struct("<10I"), 64: struct.Struct("<IIQQQQIIQQ")}
+
+
+class ElfSegment:
+    """One program header. Offsets and sizes are bytes as the file states them: not yet checked."""
+
+    __slots__ = ("align", "filesz", "flags", "memsz", "offset", "paddr", "type", "vaddr")
+
+    def __init__(self, fields: Sequence[int], bits: int) -> None:
+        if bits == 64:
+            self.type, self.flags, self.offset, self.vaddr = fields[:4]
+            self.paddr, self.filesz, self.memsz, self.align = fields[4:]
+        else:
+            self.type, self.offset, self.vaddr, self.paddr = fields[:4]
+            self.filesz, self.memsz, self.flags, self.align = fields[4:]
+
+    def __repr__(self) -> str:
+        return f"<ElfSegment type {self.type} [{self.paddr:#x}, +{self.memsz:#x})>"
+
+
+class ElfSection:
+    """One section header (names are not resolved: nothing here needs them)."""
+
+    __slots__ = ("addr", "fields", "offset", "size", "type")
+
+    def __init__(self, fields: Sequence[int]) -> None:
+        self.fields = tuple(fields)
+        self.type = fields[1]
+        self.addr, self.offset, self.size = fields[3:6]
+
+
+class ElfNote:
+    """One note: `name` without its NUL, `type`, and the `desc` bytes."""
+
+    __slots__ = ("desc", "name", "type")
+
+    def __init__(self, name: bytes, type: int, desc: bytes) -> None:
+        self.name = name
+        self.type = type
+        self.desc = desc
+
+
+class Elf:
+    """A parsed file: `bits` 32 or 64, `machine` EM_386 or EM_X86_64, `entry` as in the header, `segments`."""
+
+    __slots__ = ("_image", "bits", "entry", "machine", "segments", "shentsize", "shnum", "shoff", "shstrndx")
+
+    def __init__(self, image: ImageFile, bits: int, machine: int, entry: int) -> None:
+        self._image = image
+        self.bits = bits
+        self.machine = machine
+        self.entry = entry
+        self.segments: list[ElfSegment] = []
+        self.shoff = self.shnum = self.shentsize = self.shstrndx = 0
+
+    def loads(self) -> list[ElfSegment]:
+        """The PT_LOAD segments that occupy memory, in order of physical address."""
+        loads = [each for each in self.segments if each.type == PT_LOAD and each.memsz]
+        return sorted(loads, key=lambda each: each.paddr)
+
+    def notes(self) -> list[ElfNote]:
+        """Every note of every PT_NOTE segment. ImageError if a segment or a note is truncated."""
+        notes: list[ElfNote] = []
+        budget = MAX_NOTE_BYTES
+        for segment in self.segments:
+            if segment.type == PT_NOTE:
+                budget -= segment.filesz
+                if budget < 0:
+                    raise self._image.error(f"has more than {MAX_NOTE_BYTES} bytes of notes")
+                notes += _parse_notes(self._image, segment)
+        return notes
+
+    def sections(self) -> list[ElfSection]:
+        """The section headers; an empty list if there are none or the table is not all in the file."""
+        shdr = _SHDR[self.bits]
+        end = self.shoff + self.shnum * shdr.size
+        if self.shentsize != shdr.size or not 0 < self.shnum < MAX_SECTIONS or end > len(self._image.data):
+            return []
+        table = memoryview(self._image.data)[self.shoff : end]
+        return [ElfSection(fields) for fields in shdr.iter_unpack(table)]
+
+    def pack_section(self, section: ElfSection, addr: int) -> bytes:
+        """`section`'s header with its address replaced by `addr`."""
+        return _SHDR[self.bits].pack(*section.fields[:3], addr, *section.fields[4:])
+
+    def physical_entry(self) -> int:
+        """The GPA of the entry point.
+
+        The header's entry is a virtual address: where a segment's vaddr and paddr differ it is translated, as
+        GRUB and QEMU do. An entry inside no virtual range is taken to be physical already, as linker scripts
+        with ENTRY(start - KERNEL_BASE) have it. ImageError if it is in no segment at all.
+        """
+        for each in self.loads():
+            if each.vaddr <= self.entry < each.vaddr + each.memsz:
+                return self.entry - each.vaddr + each.paddr
+        if any(each.paddr <= self.entry < each.paddr + each.memsz for each in self.loads()):
+            return self.entry
+        raise self._image.error(f"the entry point {self.entry:#x} is in no loaded segment")
+
+
+def parse_elf(image: ImageFile) -> Elf:
+    """Read the headers of an x86 executable. ImageError on anything else."""
+    data = image.data
+    if data[:4] != ELF_MAGIC:
+        raise image.error("is not an ELF file")
+    bits = {1: 32, 2: 64}.get(data[4] if len(data) > 4 else 0)
+    if bits is None:
+        raise image.error("has a wrong ELF class")
+    header = _EHDR[bits]
+    if len(data) < header.size:
+        raise image.error(f"truncated ELF header: {len(data)} of {header.size} bytes")
+    if data[5] != 1:
+        raise image.error("is a big-endian ELF file; x86 is little-endian")
+    fields = header.unpack_from(data)
+    kind, machine, _version, entry, phoff, shoff, _flags, _ehsize, phentsize, phnum = fields[:10]
+    if kind not in (ET_EXEC, ET_DYN):
+        raise image.error(f"is {ET_NAMES.get(kind, f'of ELF type {kind}')}, not an executable")
+    if machine not in (EM_386, EM_X86_64):
+        raise image.error(f"is for ELF machine {machine}, not for x86 ({EM_386}) or x86-64 ({EM_X86_64})")
+    elf = Elf(image, bits, machine, entry)
+    elf.segments = _parse_segments(image, bits, phoff, phentsize, phnum)
+    elf.shoff = shoff
+    elf.shentsize, elf.shnum, elf.shstrndx = fields[10:]
+    return elf
+
+
+def _parse_segments(image: ImageFile, bits: int, phoff: int, phentsize: int, phnum: int) -> list[ElfSegment]:
+    phdr = _PHDR[bits]
+    if phnum == 0:
+        return []
+    if phnum > MAX_SEGMENTS:
+        raise image.error(f"has {phnum} program headers; at most {MAX_SEGMENTS} are accepted")
+    if phentsize != phdr.size:
+        raise image.error(f"program headers of {phentsize} bytes; ELF{bits} has {phdr.size}")
+    end = phoff + phnum * phdr.size
+    if end > len(image.data):
+        raise image.error(f"truncated: the program headers end at {end:#x}, the file at {len(image.data):#x}")
+    table = memoryview(image.data)[phoff:end]
+    return [ElfSegment(fields, bits) for fields in phdr.iter_unpack(table)]
+
+
+def _parse_notes(image: ImageFile, segment: ElfSegment) -> list[ElfNote]:
+    end = segment.offset + segment.filesz
+    if end > len(image.data):
+        raise image.error(f"truncated: a note segment ends at {end:#x}, the file at {len(image.data):#x}")
+    # 8 only for the notes of 64-bit .note.gnu.property; all else is aligned to 4, whatever the gABI says
+    align = 8 if segment.align == 8 else 4
+    notes: list[ElfNote] = []
+    at = segment.offset
+    while end - at >= 12:
+        namesz, descsz, kind = struct.unpack_from("<III", image.data, at)
+        name_at = at + 12
+        desc_at = at + _align(12 + namesz, align)
+        if desc_at + descsz > end:
+            raise image.error(f"truncated: the note at {at:#x} runs past its segment")
+        name = image.data[name_at : name_at + namesz].rstrip(b"\0")
+        notes.append(ElfNote(name, kind, image.data[desc_at : desc_at + descsz]))
+        at = desc_at + _align(descsz, align)
+    return notes
+
+
+def _align(value: int, alignment: int) -> int:
+    return (value + alignment - 1) & -alignment
+
+
+def check_segments(image: ImageFile, elf: Elf) -> list[ElfSegment]:
+    """`elf.loads()`, each of them sane in itself and overlapping no other; else ImageError."""
+    loads = elf.loads()
+    if not loads:
+        raise image.error("has no loadable segment")
+    end_of_last = 0
+    for each in loads:
+        where = f"the segment at {each.paddr:#x}"
+        if each.filesz > each.memsz:
+            raise image.error(f"{where} has filesz {each.filesz:#x} > memsz {each.memsz:#x}")
+        if each.offset + each.filesz > len(image.data):
+            raise image.error(f"truncated: {where} ends at file offset {each.offset + each.filesz:#x}")
+        if each.paddr + each.memsz > 1 << elf.bits:
+            raise image.error(f"{where} of {each.memsz:#x} bytes wraps the address space")
+        if each.paddr < end_of_last:
+            raise image.error(f"{where} overlaps another segment")
+        end_of_last = each.paddr + each.memsz
+    return loads
+
+
+def place_segments(
+    memory: GuestMemory, image: ImageFile, elf: Elf, e820: Sequence[tuple[int, int, int]] = ()
+) -> list[tuple[int, int]]:
+    """Copy every PT_LOAD segment to its physical address and zero the rest of it.
+
+    Returns the [start, end) GPAs, ascending. ImageError if a segment is malformed, overlaps another or lies
+    outside the RAM that `e820` names (without one: outside guest memory); then nothing was written.
+    """
+    loads = check_segments(image, elf)
+    ram = ram_ranges(memory, e820)
+    for each in loads:
+        if not fits(ram, each.paddr, each.paddr + each.memsz):
+            span = f"[{each.paddr:#x}, {each.paddr + each.memsz:#x})"
+            raise image.error(f"the segment {span} does not fit in guest RAM ({memory.size >> 20} MiB)")
+    data = memoryview(image.data)
+    for each in loads:
+        memory.write(each.paddr, data[each.offset : each.offset + each.filesz])
+        memory.fill(each.paddr + each.filesz, each.memsz - each.filesz)
+    return [(each.paddr, each.paddr + each.memsz) for each in loads]
