@@ -1,0 +1,88 @@
+"""Builds pykvm._native by cffi in API mode: the C compiler supplies every number, size and offset.
+
+`kvm.cdef.h` lists the structures by field name. The KVM_* constants are taken from the installed <linux/kvm.h> by
+asking the preprocessor for all its macros, so a newer header brings its new capabilities and exit reasons by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+SOURCES = ("runloop.c", "kick.c")
+
+TYPES = """
+typedef uint8_t __u8; typedef uint16_t __u16; typedef uint32_t __u32; typedef unsigned long long __u64;
+typedef int16_t __s16; typedef int32_t __s32; typedef long long __s64;
+"""
+
+
+def compile_c(*arguments: str, source: str) -> subprocess.CompletedProcess[str]:
+    """Run the C compiler on `source` from standard input."""
+    command = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[:1]
+    return subprocess.run(
+        [*command, *arguments, "-x", "c", "-"], input=source, capture_output=True, text=True, check=False
+    )
+
+
+def header_macros() -> list[str]:
+    """The names of all object-like macros after including <linux/kvm.h>."""
+    listing = compile_c("-E", "-dM", source="#include <linux/kvm.h>\n")
+    if listing.returncode:
+        raise SystemExit(f"cannot read <linux/kvm.h> (Debian package linux-libc-dev):\n{listing.stderr}")
+    return re.findall(r"^#define (\w+) .", listing.stdout, re.MULTILINE)
+
+
+def kvm_constants(macros: list[str]) -> list[str]:
+    """The KVM_* macros that are integer constants on x86.
+
+    The header also holds other architectures' ioctls, whose structures do not exist here: the compiler says which.
+    """
+    names = sorted(name for name in macros if name.startswith("KVM_"))
+    lines = ["#include <linux/kvm.h>", *(f"int p_{name}[1 + 0 * (long long)({name})];" for name in names)]
+    probe = compile_c("-fsyntax-only", "-w", "-fmax-errors=0", source="\n".join(lines) + "\n")
+    broken = {int(line) for line in re.findall(r"^<stdin>:(\d+):\d+: error", probe.stderr, re.MULTILINE)}
+    return [name for number, name in enumerate(names, start=2) if number not in broken]
+
+
+def select(source: str, macros: list[str]) -> str:
+    """Resolve the #ifdef/#endif sections of the cdef (not nested) against the header."""
+    kept: list[str] = []
+    keep = True
+    for line in source.splitlines():
+        if line.startswith("#ifdef "):
+            keep = line.split()[1] in macros
+        elif line.startswith("#endif"):
+            keep = True
+        elif keep:
+            kept.append(line)
+    return "\n".join(kept)
+
+
+def make_builder() -> FFI:
+    """The configured cffi builder."""
+    macros = header_macros()
+    constants = "\n".join(f"#define {name} ..." for name in kvm_constants(macros))
+    builder = FFI()
+    builder.cdef(TYPES + constants + "\n" + select((HERE / "kvm.cdef.h").read_text(), macros))
+    builder.set_source(
+        "pykvm._native",
+        '#include <linux/kvm.h>\n#include "runloop.h"\n',
+        sources=[os.path.relpath(HERE / name, ROOT) for name in SOURCES],
+        include_dirs=[os.path.relpath(HERE, ROOT)],
+        depends=[os.path.relpath(HERE / name, ROOT) for name in ("runloop.h", "kvm.cdef.h")],
+        # -Wno-unused-parameter: cffi's own wrappers of functions without arguments
+        extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"],
+    )
+    return builder
+
+
+ffibuilder = make_builder()
