@@ -1,0 +1,213 @@
+"""Model-specific registers: names, and what a guest finds in them at the start. Layer: x86, plain data.
+
+Names are the manuals' (IA32_EFER, IA32_APIC_BASE), AMD's own without a prefix (HWCR, PATCH_LOADER), KVM's as
+in Linux (KVM_SYSTEM_TIME_NEW). They serve reports, hooks and the log of MSRs that nobody handles.
+
+Sources: Intel SDM vol. 4; AMD APM vol. 2 appendix A and the PPRs; Linux Documentation/virt/kvm/x86/msr.rst;
+Hyper-V TLFS for 0x40000000 upwards.
+"""
+
+from __future__ import annotations
+
+IA32_TSC = 0x10
+IA32_APIC_BASE = 0x1B
+IA32_FEATURE_CONTROL = 0x3A
+IA32_BIOS_SIGN_ID = 0x8B
+IA32_MTRRCAP = 0xFE
+IA32_SYSENTER_CS, IA32_SYSENTER_ESP, IA32_SYSENTER_EIP = 0x174, 0x175, 0x176
+IA32_MISC_ENABLE = 0x1A0
+IA32_PAT = 0x277
+IA32_MTRR_DEF_TYPE = 0x2FF
+IA32_TSC_DEADLINE = 0x6E0
+IA32_XSS = 0xDA0
+X2APIC_BASE = 0x800
+KVM_SYSTEM_TIME_NEW = 0x4B564D01
+IA32_EFER = 0xC0000080
+IA32_STAR, IA32_LSTAR, IA32_CSTAR, IA32_FMASK = 0xC0000081, 0xC0000082, 0xC0000083, 0xC0000084
+IA32_FS_BASE, IA32_GS_BASE, IA32_KERNEL_GS_BASE = 0xC0000100, 0xC0000101, 0xC0000102
+IA32_TSC_AUX = 0xC0000103
+
+MISC_ENABLE_FAST_STRINGS = 1 << 0
+MISC_ENABLE_BTS_UNAVAILABLE, MISC_ENABLE_PEBS_UNAVAILABLE = 1 << 11, 1 << 12
+MTRR_ENABLE, MTRR_WRITE_BACK = 1 << 11, 6
+FEATURE_CONTROL_LOCKED, FEATURE_CONTROL_VMX = 1 << 0, 1 << 2  # VMX outside SMX
+
+_NAMES = {
+    0x0: "IA32_P5_MC_ADDR", 0x1: "IA32_P5_MC_TYPE", 0x6: "IA32_MONITOR_FILTER_SIZE", 0x10: "IA32_TSC",
+    0x17: "IA32_PLATFORM_ID", 0x1B: "IA32_APIC_BASE", 0x2A: "EBL_CR_POWERON", 0x2C: "EBC_FREQUENCY_ID",
+    0x33: "TEST_CTRL", 0x34: "SMI_COUNT", 0x3A: "IA32_FEATURE_CONTROL", 0x3B: "IA32_TSC_ADJUST",
+    0x48: "IA32_SPEC_CTRL", 0x49: "IA32_PRED_CMD", 0x4E: "PPIN_CTL", 0x4F: "PPIN",
+    0x79: "IA32_BIOS_UPDT_TRIG", 0x7A: "IA32_FEATURE_ACTIVATION", 0x8B: "IA32_BIOS_SIGN_ID",
+    0x9B: "IA32_SMM_MONITOR_CTL", 0x9E: "IA32_SMBASE", 0xCD: "FSB_FREQ", 0xCE: "PLATFORM_INFO",
+    0xCF: "IA32_CORE_CAPABILITIES", 0xE1: "IA32_UMWAIT_CONTROL", 0xE2: "PKG_CST_CONFIG_CONTROL",
+    0xE7: "IA32_MPERF", 0xE8: "IA32_APERF", 0xFE: "IA32_MTRRCAP", 0x10A: "IA32_ARCH_CAPABILITIES",
+    0x10B: "IA32_FLUSH_CMD", 0x119: "BBL_CR_CTL", 0x11E: "BBL_CR_CTL3", 0x122: "IA32_TSX_CTRL",
+    0x123: "IA32_MCU_OPT_CTRL", 0x140: "MISC_FEATURES_ENABLES", 0x174: "IA32_SYSENTER_CS",
+    0x175: "IA32_SYSENTER_ESP", 0x176: "IA32_SYSENTER_EIP", 0x179: "IA32_MCG_CAP", 0x17A: "IA32_MCG_STATUS",
+    0x17B: "IA32_MCG_CTL", 0x198: "IA32_PERF_STATUS", 0x199: "IA32_PERF_CTL",
+    0x19A: "IA32_CLOCK_MODULATION", 0x19B: "IA32_THERM_INTERRUPT", 0x19C: "IA32_THERM_STATUS",
+    0x19D: "THERM2_CTL", 0x1A0: "IA32_MISC_ENABLE", 0x1A2: "TEMPERATURE_TARGET",
+    0x1A4: "MISC_FEATURE_CONTROL", 0x1A6: "OFFCORE_RSP_0", 0x1A7: "OFFCORE_RSP_1", 0x1AA: "MISC_PWR_MGMT",
+    0x1AD: "TURBO_RATIO_LIMIT", 0x1B0: "IA32_ENERGY_PERF_BIAS", 0x1B1: "IA32_PACKAGE_THERM_STATUS",
+    0x1B2: "IA32_PACKAGE_THERM_INTERRUPT", 0x1C4: "IA32_XFD", 0x1C5: "IA32_XFD_ERR", 0x1C8: "LBR_SELECT",
+    0x1C9: "LASTBRANCH_TOS", 0x1D9: "IA32_DEBUGCTL", 0x1DB: "LASTBRANCHFROMIP", 0x1DC: "LASTBRANCHTOIP",
+    0x1DD: "LASTINTFROMIP", 0x1DE: "LASTINTTOIP", 0x1F2: "IA32_SMRR_PHYSBASE", 0x1F3: "IA32_SMRR_PHYSMASK",
+    0x1FC: "POWER_CTL", 0x250: "IA32_MTRR_FIX64K_00000", 0x258: "IA32_MTRR_FIX16K_80000",
+    0x259: "IA32_MTRR_FIX16K_A0000", 0x277: "IA32_PAT", 0x2FF: "IA32_MTRR_DEF_TYPE",
+    0x345: "IA32_PERF_CAPABILITIES", 0x38D: "IA32_FIXED_CTR_CTRL", 0x38E: "IA32_PERF_GLOBAL_STATUS",
+    0x38F: "IA32_PERF_GLOBAL_CTRL", 0x390: "IA32_PERF_GLOBAL_OVF_CTRL", 0x391: "IA32_PERF_GLOBAL_STATUS_SET",
+    0x3F1: "IA32_PEBS_ENABLE", 0x3F2: "PEBS_DATA_CFG", 0x3F6: "PEBS_LD_LAT_THRESHOLD",
+    0x4D0: "IA32_MCG_EXT_CTL", 0x560: "IA32_RTIT_OUTPUT_BASE", 0x561: "IA32_RTIT_OUTPUT_MASK_PTRS",
+    0x570: "IA32_RTIT_CTL", 0x571: "IA32_RTIT_STATUS", 0x572: "IA32_RTIT_CR3_MATCH",
+    0x600: "IA32_DS_AREA", 0x601: "VR_CURRENT_CONFIG", 0x606: "RAPL_POWER_UNIT", 0x610: "PKG_POWER_LIMIT",
+    0x611: "PKG_ENERGY_STATUS", 0x613: "PKG_PERF_STATUS", 0x614: "PKG_POWER_INFO", 0x618: "DRAM_POWER_LIMIT",
+    0x619: "DRAM_ENERGY_STATUS", 0x638: "PP0_POWER_LIMIT", 0x639: "PP0_ENERGY_STATUS",
+    0x641: "PP1_ENERGY_STATUS", 0x64D: "PLATFORM_ENERGY_STATUS", 0x6A0: "IA32_U_CET", 0x6A2: "IA32_S_CET",
+    0x6A4: "IA32_PL0_SSP", 0x6A5: "IA32_PL1_SSP", 0x6A6: "IA32_PL2_SSP", 0x6A7: "IA32_PL3_SSP",
+    0x6A8: "IA32_INTERRUPT_SSP_TABLE_ADDR", 0x6E0: "IA32_TSC_DEADLINE", 0x6E1: "IA32_PKRS",
+    0x770: "IA32_PM_ENABLE", 0x771: "IA32_HWP_CAPABILITIES", 0x774: "IA32_HWP_REQUEST",
+    0x777: "IA32_HWP_STATUS", 0xC80: "IA32_DEBUG_INTERFACE", 0xD90: "IA32_BNDCFGS", 0xD93: "IA32_PASID",
+    0xDA0: "IA32_XSS",
+    # KVM; the first two are the pair that CPUID's kvmclock_old stands for
+    0x11: "KVM_WALL_CLOCK", 0x12: "KVM_SYSTEM_TIME", 0x4B564D00: "KVM_WALL_CLOCK_NEW",
+    0x4B564D01: "KVM_SYSTEM_TIME_NEW", 0x4B564D02: "KVM_ASYNC_PF_EN", 0x4B564D03: "KVM_STEAL_TIME",
+    0x4B564D04: "KVM_PV_EOI_EN", 0x4B564D05: "KVM_POLL_CONTROL", 0x4B564D06: "KVM_ASYNC_PF_INT",
+    0x4B564D07: "KVM_ASYNC_PF_ACK", 0x4B564D08: "KVM_MIGRATION_CONTROL",
+    # Hyper-V
+    0x40000000: "HV_GUEST_OS_ID", 0x40000001: "HV_HYPERCALL", 0x40000002: "HV_VP_INDEX",
+    0x40000003: "HV_RESET", 0x40000010: "HV_VP_RUNTIME", 0x40000020: "HV_TIME_REF_COUNT",
+    0x40000021: "HV_REFERENCE_TSC", 0x40000022: "HV_TSC_FREQUENCY", 0x40000023: "HV_APIC_FREQUENCY",
+    0x40000070: "HV_EOI", 0x40000071: "HV_ICR", 0x40000072: "HV_TPR", 0x40000073: "HV_VP_ASSIST_PAGE",
+    0x40000080: "HV_SCONTROL", 0x40000081: "HV_SVERSION", 0x40000082: "HV_SIEFP", 0x40000083: "HV_SIMP",
+    0x40000084: "HV_EOM", 0x40000100: "HV_CRASH_P0", 0x40000105: "HV_CRASH_CTL",
+    # extended features
+    0xC0000080: "IA32_EFER", 0xC0000081: "IA32_STAR", 0xC0000082: "IA32_LSTAR", 0xC0000083: "IA32_CSTAR",
+    0xC0000084: "IA32_FMASK", 0xC00000E7: "MPERF_RO", 0xC00000E8: "APERF_RO", 0xC00000E9: "IRPERF_COUNT",
+    0xC0000100: "IA32_FS_BASE", 0xC0000101: "IA32_GS_BASE", 0xC0000102: "IA32_KERNEL_GS_BASE",
+    0xC0000103: "IA32_TSC_AUX", 0xC0000104: "TSC_RATIO", 0xC000010E: "LBR_SELECT_AMD",
+    0xC000010F: "DBG_EXTN_CFG", 0xC0000300: "PERF_CNTR_GLOBAL_STATUS", 0xC0000301: "PERF_CNTR_GLOBAL_CTL",
+    0xC0000302: "PERF_CNTR_GLOBAL_STATUS_CLR",
+    # AMD
+    0xC0010010: "SYSCFG", 0xC0010015: "HWCR", 0xC001001A: "TOP_MEM", 0xC001001B: "CLK_CTL",
+    0xC001001D: "TOP_MEM2", 0xC001001F: "NB_CFG", 0xC0010020: "PATCH_LOADER", 0xC0010041: "FIDVID_CTL",
+    0xC0010042: "FIDVID_STATUS", 0xC0010055: "INT_PENDING_MSG", 0xC0010058: "MMIO_CONF_BASE",
+    0xC0010061: "PSTATE_CUR_LIMIT", 0xC0010062: "PSTATE_CTL", 0xC0010063: "PSTATE_STATUS",
+    0xC0010111: "SMBASE", 0xC0010112: "SMM_ADDR", 0xC0010113: "SMM_MASK", 0xC0010114: "VM_CR",
+    0xC0010115: "IGNNE", 0xC0010117: "VM_HSAVE_PA", 0xC001011B: "AVIC_DOORBELL", 0xC001011E: "VM_PAGE_FLUSH",
+    0xC001011F: "VIRT_SPEC_CTRL", 0xC0010130: "GHCB", 0xC0010131: "SEV_STATUS", 0xC0010140: "OSVW_ID_LENGTH",
+    0xC0010141: "OSVW_STATUS", 0xC0010240: "NB_PERF_CTL", 0xC0010241: "NB_PERF_CTR", 0xC0010280: "PTSC",
+    0xC0010299: "RAPL_PWR_UNIT", 0xC001029A: "CORE_ENERGY_STAT", 0xC001029B: "PKG_ENERGY_STAT",
+    0xC00102B0: "CPPC_CAPABILITY_1", 0xC00102B1: "CPPC_ENABLE", 0xC00102B3: "CPPC_REQUEST",
+    0xC00102F0: "PPIN_CTL_AMD", 0xC00102F1: "PPIN_AMD", 0xC0011004: "CPUID_FN_1",
+    0xC0011005: "CPUID_FN_80000001",
+    0xC001100C: "NODE_ID", 0xC0011019: "DR1_ADDR_MASK", 0xC001101A: "DR2_ADDR_MASK",
+    0xC001101B: "DR3_ADDR_MASK", 0xC0011020: "LS_CFG", 0xC0011021: "IC_CFG", 0xC0011022: "DC_CFG",
+    0xC0011023: "TW_CFG", 0xC0011027: "DR0_ADDR_MASK", 0xC0011029: "DE_CFG", 0xC001102A: "BU_CFG2",
+    0xC001102C: "EX_CFG", 0xC001102E: "BP_CFG", 0xC0011030: "IBS_FETCH_CTL", 0xC0011033: "IBS_OP_CTL",
+    0xC001103A: "IBS_CTL", 0xC00110E3: "SPECTRAL_CHICKEN",
+}  # fmt: skip
+
+# first, last, stride, name with {n}: registers that come in rows
+_ROWS = (
+    (0xC1, 0xC8, 1, "IA32_PMC{n}"),
+    (0x186, 0x18D, 1, "IA32_PERFEVTSEL{n}"),
+    (0x200, 0x213, 2, "IA32_MTRR_PHYSBASE{n}"),
+    (0x201, 0x213, 2, "IA32_MTRR_PHYSMASK{n}"),
+    (0x280, 0x29F, 1, "IA32_MC{n}_CTL2"),
+    (0x309, 0x30C, 1, "IA32_FIXED_CTR{n}"),
+    (0x400, 0x47F, 4, "IA32_MC{n}_CTL"),
+    (0x401, 0x47F, 4, "IA32_MC{n}_STATUS"),
+    (0x402, 0x47F, 4, "IA32_MC{n}_ADDR"),
+    (0x403, 0x47F, 4, "IA32_MC{n}_MISC"),
+    (0x4C1, 0x4C8, 1, "IA32_A_PMC{n}"),
+    (0x580, 0x587, 2, "IA32_RTIT_ADDR{n}_A"),
+    (0x581, 0x587, 2, "IA32_RTIT_ADDR{n}_B"),
+    (0x40000090, 0x4000009F, 1, "HV_SINT{n}"),
+    (0x400000B0, 0x400000B7, 2, "HV_STIMER{n}_CONFIG"),
+    (0x400000B1, 0x400000B7, 2, "HV_STIMER{n}_COUNT"),
+    (0xC0010000, 0xC0010003, 1, "PERF_LEGACY_CTL{n}"),
+    (0xC0010004, 0xC0010007, 1, "PERF_LEGACY_CTR{n}"),
+    (0xC0010030, 0xC0010035, 1, "PROC_NAME_STRING{n}"),
+    (0xC0010044, 0xC001004A, 1, "MC{n}_CTL_MASK"),
+    (0xC0010064, 0xC001006B, 1, "PSTATE_DEF{n}"),
+    (0xC0010200, 0xC001020B, 2, "PERF_CTL{n}"),
+    (0xC0010201, 0xC001020B, 2, "PERF_CTR{n}"),
+)
+
+_MTRR_4K = range(0x268, 0x270)  # fixed-range MTRRs of 32 KiB each, from 0xc0000
+
+_VMX = (
+    "BASIC", "PINBASED_CTLS", "PROCBASED_CTLS", "EXIT_CTLS", "ENTRY_CTLS", "MISC", "CR0_FIXED0", "CR0_FIXED1",
+    "CR4_FIXED0", "CR4_FIXED1", "VMCS_ENUM", "PROCBASED_CTLS2", "EPT_VPID_CAP", "TRUE_PINBASED_CTLS",
+    "TRUE_PROCBASED_CTLS", "TRUE_EXIT_CTLS", "TRUE_ENTRY_CTLS", "VMFUNC", "PROCBASED_CTLS3", "EXIT_CTLS2",
+)  # fmt: skip
+
+# x2APIC: register = 0x800 + offset of the memory-mapped one / 16 (SDM vol. 3A table 11-6)
+_X2APIC = {
+    0x02: "APICID", 0x03: "VERSION", 0x08: "TPR", 0x0A: "PPR", 0x0B: "EOI", 0x0D: "LDR", 0x0F: "SIVR",
+    0x28: "ESR", 0x2F: "LVT_CMCI", 0x30: "ICR", 0x32: "LVT_TIMER", 0x33: "LVT_THERMAL", 0x34: "LVT_PMI",
+    0x35: "LVT_LINT0", 0x36: "LVT_LINT1", 0x37: "LVT_ERROR", 0x38: "INIT_COUNT", 0x39: "CUR_COUNT",
+    0x3E: "DIV_CONF", 0x3F: "SELF_IPI",
+}  # fmt: skip
+
+# scalable MCA: 16 registers a bank from 0xc0002000 (AMD PPR, "Machine Check Architecture")
+_SMCA_BASE, _SMCA_BANKS = 0xC0002000, 64
+_SMCA = ("CTL", "STATUS", "ADDR", "MISC0", "CONFIG", "IPID", "SYND", "", "DESTAT", "DEADDR",
+         "MISC1", "MISC2", "MISC3", "MISC4", "SYND1", "SYND2")  # fmt: skip
+
+
+def name_of(index: int) -> str:
+    """The name of MSR `index`; "MSR 0x1234" for one that the tables do not have."""
+    return _NAMES.get(index) or _block_name(index) or _row_name(index) or f"MSR {index:#x}"
+
+
+def _block_name(index: int) -> str:
+    """Names in the blocks whose registers each have their own."""
+    if 0 <= index - 0x480 < len(_VMX):
+        return f"IA32_VMX_{_VMX[index - 0x480]}"
+    if index in _MTRR_4K:
+        return f"IA32_MTRR_FIX4K_{0xC0000 + (index - 0x268) * 0x8000:X}"
+    if X2APIC_BASE <= index < X2APIC_BASE + 0x100:
+        return _x2apic_name(index - X2APIC_BASE)
+    if 0 <= index - _SMCA_BASE < _SMCA_BANKS * 16 and _SMCA[index & 0xF]:
+        return f"MCA_{_SMCA[index & 0xF]}_BANK{(index - _SMCA_BASE) >> 4}"
+    return ""
+
+
+def _row_name(index: int) -> str:
+    for first, last, stride, text in _ROWS:
+        if first <= index <= last and (index - first) % stride == 0:
+            return text.format(n=(index - first) // stride)
+    return ""
+
+
+def _x2apic_name(offset: int) -> str:
+    for first, name in ((0x10, "ISR"), (0x18, "TMR"), (0x20, "IRR")):
+        if first <= offset < first + 8:
+            return f"IA32_X2APIC_{name}{offset - first}"
+    name = _X2APIC.get(offset, "")
+    return f"IA32_X2APIC_{name}" if name else ""
+
+
+def power_on(
+    *, firmware: bool = False, vmx: bool = False, microcode: int | None = None
+) -> list[tuple[int, int]]:
+    """(index, value) of the MSRs to set before a vCPU first runs; KVM's own defaults do for the rest.
+
+    firmware   the guest starts with firmware of its own (which sets the MTRRs itself)
+    vmx        the guest's CPUID shows VMX: IA32_FEATURE_CONTROL is left as firmware locks it
+    microcode  revision for IA32_BIOS_SIGN_ID (the raw 64-bit MSR), None for KVM's
+
+    IA32_PAT is not in the list: KVM resets it to 0x0007040600070406 as a CPU does (SDM vol. 3A 12.12.4).
+    """
+    # KVM's reset value of MISC_ENABLE lacks fast strings, which every CPU has on: Linux then avoids rep movs
+    misc = MISC_ENABLE_FAST_STRINGS | MISC_ENABLE_BTS_UNAVAILABLE | MISC_ENABLE_PEBS_UNAVAILABLE
+    values = [(IA32_MISC_ENABLE, misc)]
+    if not firmware:
+        # a kernel that is booted directly expects the MTRRs on: off means that all memory is uncacheable
+        values.append((IA32_MTRR_DEF_TYPE, MTRR_ENABLE | MTRR_WRITE_BACK))
+        if vmx:
+            values.append((IA32_FEATURE_CONTROL, FEATURE_CONTROL_LOCKED | FEATURE_CONTROL_VMX))
+    if microcode is not None:
+        values.append((IA32_BIOS_SIGN_ID, microcode))
+    return values
