@@ -75,7 +75,7 @@ def make_builder() -> FFI:
     builder.cdef(TYPES + constants + "\n" + select((HERE / "kvm.cdef.h").read_text(), macros))
     builder.set_source(
         "pykvm._native",
-        '#include <linux/kvm.h>\n#include "runloop.h"\n',
+        '#include <sys/mman.h>\n#include <linux/kvm.h>\n#include "runloop.h"\n',
         sources=[os.path.relpath(HERE / name, ROOT) for name in SOURCES],
         include_dirs=[os.path.relpath(HERE, ROOT)],
         depends=[os.path.relpath(HERE / name, ROOT) for name in ("runloop.h", "kvm.cdef.h")],

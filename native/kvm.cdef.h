@@ -81,6 +81,14 @@ struct kvm_msr_filter { __u32 flags; struct kvm_msr_filter_range ranges[...]; };
 struct kvm_stats_header { __u32 flags, name_size, num_desc, id_offset, desc_offset, data_offset; };
 struct kvm_stats_desc { __u32 flags; __s16 exponent; __u16 size; __u32 offset; __u32 bucket_size; char name[]; ...; };
 
+struct kvm_xen_exit {
+    __u32 type;
+    union {
+        struct { __u32 longmode, cpl; __u64 input, result; __u64 params[6]; } hcall;
+    } u;
+};
+struct kvm_xen_hvm_config { __u32 flags; __u32 msr; ...; };
+
 struct kvm_run {
     __u8 request_interrupt_window;
     __u8 immediate_exit;
@@ -103,6 +111,7 @@ struct kvm_run {
         struct { __u32 type; __u32 ndata; __u64 data[16]; } system_event;
         struct { __u8 vector; } eoi;
         struct { __u8 error; __u8 pad[7]; __u32 reason; __u32 index; __u64 data; } msr;
+        struct kvm_xen_exit xen;
 #ifdef KVM_EXIT_NOTIFY
         struct { __u32 flags; } notify;
 #endif
@@ -136,6 +145,8 @@ struct pk_vcpu {
     ...;
 };
 
+#define MAP_NORESERVE ... /* Python's mmap module has it from 3.13 on */
+
 #define PK_TO_PYTHON ...
 #define PK_APPEND ...
 #define PK_CONSTANT ...
@@ -155,7 +166,7 @@ int pk_vcpu_init(struct pk_vcpu *vcpu, int fd, size_t run_size, size_t coalesced
 void pk_vcpu_deinit(struct pk_vcpu *vcpu);
 int pk_vcpu_enable_stats(struct pk_vcpu *vcpu);
 int64_t pk_run(struct pk_vcpu *vcpu);
-int pk_settle(struct pk_vcpu *vcpu);
+int64_t pk_settle(struct pk_vcpu *vcpu);
 void *pk_io_data(struct pk_vcpu *vcpu);
 struct kvm_sync_regs *pk_sync_regs(struct pk_vcpu *vcpu);
 int pk_coalesced_pop(struct pk_vcpu *vcpu, struct kvm_coalesced_mmio *out);

@@ -284,15 +284,15 @@ int64_t pk_run(struct pk_vcpu *vcpu) {
     return key;
 }
 
-int pk_settle(struct pk_vcpu *vcpu) {
+int64_t pk_settle(struct pk_vcpu *vcpu) {
     uint64_t kicks = __atomic_load_n(&vcpu->kicks, __ATOMIC_SEQ_CST);
-    give_answer(vcpu);
     __atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
-    int result = ioctl(vcpu->fd, KVM_RUN, 0) < 0 ? -errno : 0;
-    __atomic_store_n(&vcpu->run->immediate_exit, 0, __ATOMIC_SEQ_CST);
+    int64_t key = pk_run(vcpu);
+    if (key != -EINTR)
+        __atomic_store_n(&vcpu->run->immediate_exit, 0, __ATOMIC_SEQ_CST);
     if (__atomic_load_n(&vcpu->kicks, __ATOMIC_SEQ_CST) != kicks) /* ours ate a kick of somebody else: put it back */
         __atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
-    return result == -EINTR ? 0 : result;
+    return key;
 }
 
 void *pk_io_data(struct pk_vcpu *vcpu) { return (uint8_t *)vcpu->run + vcpu->run->io.data_offset; }

@@ -100,8 +100,9 @@ int pk_vcpu_enable_stats(struct pk_vcpu *vcpu);
 
 /* Runs until an exit needs Python: its key, -EINTR after a kick or a signal, -errno otherwise. */
 int64_t pk_run(struct pk_vcpu *vcpu);
-/* Completes a pending port or MMIO access without running the guest: call before state is read or saved. */
-int pk_settle(struct pk_vcpu *vcpu);
+/* Completes a pending access without running the guest: call before state is read or saved. -EINTR: done; a key: an exit
+ * that belongs to the same instruction (the next part of a wide MMIO access) wants handling, then settle again. */
+int64_t pk_settle(struct pk_vcpu *vcpu);
 /* The bytes of a port exit: run->io.size * run->io.count. */
 void *pk_io_data(struct pk_vcpu *vcpu);
 /* The register area of kvm_run (KVM_CAP_SYNC_REGS). */
