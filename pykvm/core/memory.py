@@ -12,7 +12,7 @@ from __future__ import annotations
 import mmap
 import os
 
-from pykvm._native import ffi
+from pykvm._native import ffi, lib
 from pykvm.errors import ConfigError, GuestAddressError
 
 TYPE_CHECKING = False
@@ -28,9 +28,7 @@ class Slot:
 
     __slots__ = ("fd", "fd_offset", "gpa", "hva", "index", "map", "name", "readonly", "size", "view")
 
-    def __init__(
-        self, index: int, gpa: int, size: int, backing: mmap.mmap, name: str, readonly: bool, fd: int
-    ) -> None:
+    def __init__(self, index: int, gpa: int, size: int, backing: mmap.mmap, name: str, readonly: bool, fd: int) -> None:
         self.index = index
         self.gpa = gpa
         self.size = size
@@ -76,12 +74,12 @@ class GuestMemory:
             if gpa < other.end and other.gpa < gpa + size:
                 raise ConfigError("memory", f"slot {name} [{gpa:#x}, {gpa + size:#x}) overlaps {other}")
         fd = -1
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | lib.MAP_NORESERVE
         try:
             if self.memfd:
                 fd = os.memfd_create(f"pykvm-{name}", os.MFD_CLOEXEC | (os.MFD_HUGETLB if self.hugepages else 0))
                 os.ftruncate(fd, size)
-                flags = mmap.MAP_SHARED | mmap.MAP_NORESERVE
+                flags = mmap.MAP_SHARED | lib.MAP_NORESERVE
             backing = mmap.mmap(fd, size, flags)
         except OSError as error:
             if fd >= 0:

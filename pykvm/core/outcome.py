@@ -8,9 +8,7 @@ if TYPE_CHECKING:
 
     from pykvm.debug.report import CrashReport
 
-    OutcomeKind = Literal[
-        "HALTED", "POWER_OFF", "RESET", "DEBUG_EXIT", "TRIPLE_FAULT", "CRASH", "TIMEOUT", "STOPPED"
-    ]
+    OutcomeKind = Literal["HALTED", "POWER_OFF", "RESET", "DEBUG_EXIT", "TRIPLE_FAULT", "CRASH", "TIMEOUT", "STOPPED"]
 
 KINDS = ("HALTED", "POWER_OFF", "RESET", "DEBUG_EXIT", "TRIPLE_FAULT", "CRASH", "TIMEOUT", "STOPPED")
 
@@ -66,7 +64,7 @@ class Outcome:
 
     @property
     def exit_status(self) -> int:
-        """The CLI's exit status: 0 for an orderly end, (code << 1) | 1 as QEMU's isa-debug-exit, 6 crash, 124 timeout."""
+        """The CLI's exit status: 0 for an orderly end, (code << 1) | 1 for debug-exit as QEMU, 6 crash, 124 timeout."""
         if self.kind == "DEBUG_EXIT":
             return ((self.code << 1) | 1) & 0xFF
         return {"TRIPLE_FAULT": 6, "CRASH": 6, "TIMEOUT": 124}.get(self.kind, 0)

@@ -5,9 +5,9 @@ Guest physical map:
     0x0000_0000  real-mode vectors, BIOS data area
     0x0000_0500  boot-time GDT, page tables, boot parameters (free below 0x7_0000 for loaders)
     0x0001_0000  flat real-mode kernels (CS=0x1000)
-    0x0009_fc00  EBDA: MP table (searched there by Linux and every MP 1.4 kernel), 1 KiB
+    0x0009_fc00  EBDA: MP floating pointer (searched there by Linux and every MP 1.4 kernel), 1 KiB
     0x000a_0000  VGA hole (no memory is reported)
-    0x000e_0000  BIOS area: RSDP and the ACPI tables
+    0x000e_0000  BIOS area: RSDP and the ACPI tables, MP configuration table at its end
     0x0010_0000  kernels
     ...          RAM up to the PCI hole
     0xc000_0000  PCI hole: MMIO
@@ -20,6 +20,7 @@ Guest physical map:
 from __future__ import annotations
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+PAGE_SIZE = 4 * KIB
 
 # -- boot-time structures (only until the guest installs its own; all below the EBDA) -----------------------------
 BOOT_GDT = 0x500
@@ -41,6 +42,7 @@ EBDA = 0x9FC00
 LOW_RAM_END = 0xA0000
 BIOS_AREA = 0xE0000  # RSDP is searched in [0xe0000, 0xfffff] (ACPI 5.2.5.1)
 ACPI_TABLES = 0xE0000
+MP_CONFIG = 0xFE000  # MP configuration table: 5.4 KiB for 254 CPUs, more than the EBDA has
 BIOS_AREA_END = 0x100000
 
 # -- RAM above and below the hole ------------------------------------------------------------------------------
@@ -75,7 +77,10 @@ PORT_DEBUG_EXIT = 0xF4  # QEMU isa-debug-exit as everybody configures it
 PORT_SEABIOS_DEBUG = 0x402
 PORT_PVPANIC = 0x505
 PORT_FW_CFG = 0x510  # selector, data; DMA address at 0x514
-PORT_ACPI_PM = 0x600  # PM1a event block (4), control (2), timer (4), GPE0 (16)
+PORT_ACPI_PM = 0x600  # SeaBIOS expects 0x600; hobby kernels power off by writing 0x2000 to port 0x604
+PM1_EVENT, PM1_CONTROL, PM_TIMER, GPE0 = 0x00, 0x04, 0x08, 0x10  # offsets of its blocks
+GPE0_LENGTH = 4  # status and enable of 16 events; an OS clears every byte of it at boot, one exit each
+ACPI_PM_LENGTH = GPE0 + GPE0_LENGTH
 PORT_PCI_CONFIG = 0xCF8  # address; reset control at 0xcf9; data at 0xcfc
 PORT_TESTDEV_IRQ = 0x2000  # + n drives IRQ line n
 SERIAL_PORTS = (0x3F8, 0x2F8, 0x3E8, 0x2E8)
@@ -86,5 +91,7 @@ IRQ_KEYBOARD = 1
 SERIAL_IRQS = (4, 3, 4, 3)  # COM3 and COM4 share, as on a PC
 IRQ_RTC = 8
 IRQ_ACPI = 9
+IRQ_MOUSE = 12
+PIT_PIN = 2  # the IOAPIC input (and GSI) of ISA interrupt 0, as on every PC
 IOAPIC_PINS = 24
 VIRTIO_GSI_BASE = 16

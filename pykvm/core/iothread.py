@@ -1,0 +1,154 @@
+"""The machine's one I/O thread: epoll, timers, and calls from other threads. Layer: core.
+
+Started when first needed. Callbacks run on the thread, one at a time; one that raises stops the machine through
+`on_error`, never the thread.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import select
+import threading
+from time import monotonic
+
+from pykvm._native import lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Callback = Callable[[], object]
+
+
+class Timer:
+    """A pending call; `cancel()` may come from any thread, and then it does not run (again)."""
+
+    __slots__ = ("callback", "cancelled", "due")
+
+    def __init__(self, due: float, callback: Callback) -> None:
+        self.due = due
+        self.callback = callback
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        """Forget the call."""
+        self.cancelled = True
+
+    def __lt__(self, other: Timer) -> bool:
+        return self.due < other.due
+
+
+class IoThread:
+    """epoll over file descriptors, a heap of timers, a list of calls to make soon."""
+
+    def __init__(self, name: str, on_error: Callable[[BaseException], None]) -> None:
+        self._name = name
+        self._on_error = on_error
+        self._lock = threading.Lock()  # guards _thread, _soon, _timers, _stopping; never held during a callback
+        self._thread: threading.Thread | None = None
+        self._soon: list[Callback] = []
+        self._timers: list[Timer] = []
+        self._readers: dict[int, Callback] = {}
+        self._stopping = False
+        self._epoll: select.epoll | None = None
+        self._wake_fd = -1
+
+    # -- from any thread ----------------------------------------------------------------------------------------
+
+    def call_soon(self, callback: Callback) -> None:
+        """Run `callback` on the I/O thread."""
+        with self._lock:
+            self._soon.append(callback)
+            self._start()
+        self._wake()
+
+    def call_later(self, delay_s: float, callback: Callback) -> Timer:
+        """Run `callback` on the I/O thread after `delay_s` seconds."""
+        timer = Timer(monotonic() + delay_s, callback)
+        with self._lock:
+            heapq.heappush(self._timers, timer)
+            first = self._timers[0] is timer
+            self._start()
+        if first:
+            self._wake()
+        return timer
+
+    def add_reader(self, fd: int, callback: Callback) -> None:
+        """Run `callback` whenever `fd` is readable (level-triggered)."""
+        with self._lock:
+            self._start()
+            self._readers[fd] = callback
+            assert self._epoll is not None
+            self._epoll.register(fd, select.EPOLLIN)
+
+    def remove_reader(self, fd: int) -> None:
+        """Forget `fd`; call this before closing it."""
+        with self._lock:
+            if self._readers.pop(fd, None) is not None and self._epoll is not None:
+                self._epoll.unregister(fd)
+
+    def close(self) -> None:
+        """End the thread (not called from it: then it ends by itself soon) and forget everything."""
+        with self._lock:
+            self._stopping = True
+            thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        self._wake()
+        if thread is not threading.current_thread():
+            thread.join()
+
+    # -- the thread ---------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        if self._thread is None and not self._stopping:
+            self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
+            self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._epoll.register(self._wake_fd, select.EPOLLIN)
+            self._thread = threading.Thread(target=self._main, name=self._name, daemon=True)
+            self._thread.start()
+
+    def _wake(self) -> None:
+        with self._lock:  # not past the closing of the eventfd, whose number may be somebody else's by then
+            if self._wake_fd >= 0:
+                os.eventfd_write(self._wake_fd, 1)
+
+    def _main(self) -> None:
+        lib.pk_thread_init()
+        assert self._epoll is not None
+        while not self._stopping:
+            for fd, _ in self._epoll.poll(self._timeout()):
+                if fd == self._wake_fd:
+                    os.eventfd_read(fd)
+                elif (callback := self._readers.get(fd)) is not None:
+                    self._call(callback)
+            for callback in self._due():
+                self._call(callback)
+        with self._lock:
+            self._epoll.close()
+            self._epoll = None
+            os.close(self._wake_fd)
+            self._wake_fd = -1
+
+    def _timeout(self) -> float:
+        with self._lock:
+            if self._soon:
+                return 0
+            return max(0.0, self._timers[0].due - monotonic()) if self._timers else -1
+
+    def _due(self) -> list[Callback]:
+        now = monotonic()
+        with self._lock:
+            ready, self._soon = self._soon, []
+            while self._timers and self._timers[0].due <= now:
+                timer = heapq.heappop(self._timers)
+                if not timer.cancelled:
+                    ready.append(timer.callback)
+        return ready
+
+    def _call(self, callback: Callback) -> None:
+        try:
+            callback()
+        except BaseException as error:
+            self._on_error(error)

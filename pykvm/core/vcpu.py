@@ -1,0 +1,307 @@
+"""One virtual CPU: its thread, its mailbox, its way through an exit. Layer: core.
+
+A vCPU is paused or running. Other threads only post messages and kick; the vCPU's own thread looks into its mailbox
+whenever KVM_RUN returns EINTR, so no message waits for the guest to do something. `run_once` drives a paused vCPU from
+the caller's thread instead.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from queue import SimpleQueue
+
+from pykvm._native import ffi, lib
+from pykvm.core.exits import (
+    KEY_COALESCED,
+    KEY_STRING,
+    KEY_WRITE,
+    PORT_SHIFT,
+    SIZE_SHIFT,
+    TABLE,
+    drain_coalesced,
+    on_fatal,
+)
+from pykvm.core.registers import Registers, state_from_kvm, state_to_kvm
+from pykvm.errors import DeviceError, KvmError, MachineStateError, PykvmError
+from pykvm.kvm.handle import ADVICE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Protocol
+
+    from pykvm._native import CData
+    from pykvm.core.bus import Bus
+    from pykvm.core.exits import Hooks
+    from pykvm.core.outcome import Outcome
+    from pykvm.kvm.vcpu import VcpuFd
+    from pykvm.x86.segments import CpuState
+
+    class Owner(Protocol):
+        """What a vCPU needs of its machine."""
+
+        bus: Bus
+        hooks: Hooks
+        coalesced_lock: threading.Lock
+
+        def vcpu_stopped(self, vcpu: Vcpu, outcome: Outcome | None, error: BaseException | None) -> None: ...
+
+
+KICK_SIGNAL_OFFSET = 3  # SIGRTMIN + 3: the first ones belong to the C library and to debuggers by habit
+MASKS = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFFFFFF, 8: 0xFFFFFFFFFFFFFFFF}
+
+_RUN, _PAUSE, _EXIT = "run", "pause", "exit"
+
+
+class Exit:
+    """What `run_once` saw. `reason` is the KVM_EXIT_ name; the other fields are None where they mean nothing."""
+
+    __slots__ = ("address", "outcome", "port", "reason", "size", "value", "write")
+
+    def __init__(self, reason: str, outcome: Outcome | None) -> None:
+        self.reason = reason
+        self.outcome = outcome
+        self.port: int | None = None
+        self.address: int | None = None
+        self.size: int | None = None
+        self.write: bool | None = None
+        self.value: int | None = None
+
+    def __repr__(self) -> str:
+        at = f" port {self.port:#x}" if self.port is not None else ""
+        at += f" address {self.address:#x}" if self.address is not None else ""
+        return f"<Exit {self.reason}{at}{f' {self.outcome}' if self.outcome else ''}>"
+
+
+class Vcpu:
+    """A vCPU of a machine. `running` is guarded by the owner's condition."""
+
+    def __init__(self, index: int, owner: Owner) -> None:
+        self.index = index
+        self.owner = owner
+        self.bus = owner.bus
+        self.hooks = owner.hooks
+        self.coalesced_lock = owner.coalesced_lock
+        self.running = False
+        self.state: CData = ffi.new("struct pk_vcpu *")
+        self._fd: VcpuFd | None = None
+        self._mailbox: SimpleQueue[str | Callable[[], object]] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._leave = False
+
+    def connect(self, fd: VcpuFd, run_size: int, coalesced_offset: int) -> None:
+        """Use this KVM vCPU from now on (another one after a reset)."""
+        if lib.pk_kick_init(KICK_SIGNAL_OFFSET) < 0:
+            raise MachineStateError(f"signal SIGRTMIN+{KICK_SIGNAL_OFFSET} cannot be used for kicks")
+        result = lib.pk_vcpu_init(self.state, fd.fd, run_size, coalesced_offset)
+        if result < 0:
+            raise KvmError("mmap of kvm_run", -result)
+        self._fd = fd
+
+    def disconnect(self) -> list[int]:
+        """Forget the KVM vCPU; its file descriptor is the caller's to close."""
+        fd, self._fd = self._fd, None
+        lib.pk_vcpu_deinit(self.state)
+        if fd is None or fd.fd < 0:
+            return []
+        number, fd.fd = fd.fd, -1
+        return [number]
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    @property
+    def fd(self) -> VcpuFd:
+        """The KVM file descriptor, for ioctls that have no name here."""
+        if self._fd is None:
+            raise MachineStateError(f"vCPU {self.index}: the machine is closed")
+        return self._fd
+
+    def _paused_fd(self) -> VcpuFd:
+        if self.running and threading.current_thread() is not self._thread:
+            raise MachineStateError(f"vCPU {self.index} is running: pause() the machine first")
+        return self.fd
+
+    @property
+    def regs(self) -> Registers:
+        """General registers, rip and rflags: readable and writable while paused."""
+        fd = self._paused_fd()
+        return Registers(fd.get_regs(), fd.set_regs)
+
+    @property
+    def sregs(self) -> CData:
+        """A copy of struct kvm_sregs (segments, control registers); store changes with `set_sregs`."""
+        return self._paused_fd().get_sregs()
+
+    def set_sregs(self, sregs: CData) -> None:
+        """Store what `sregs` gave, changed."""
+        self._paused_fd().set_sregs(sregs)
+
+    def load_state(self, state: CpuState) -> None:
+        """Set general, segment and control registers as a boot protocol wants them."""
+        fd = self._paused_fd()
+        regs, sregs = ffi.new("struct kvm_regs *"), fd.get_sregs()
+        state_to_kvm(state, regs, sregs)
+        fd.set_sregs(sregs)
+        fd.set_regs(regs)
+
+    def capture_state(self) -> CpuState:
+        """General, segment and control registers as plain data."""
+        fd = self._paused_fd()
+        return state_from_kvm(fd.get_regs(), fd.get_sregs())
+
+    def exit_counts(self) -> dict[int, int]:
+        """Exits by reason (number), those that C answered included."""
+        counts = self.state.exits
+        return {reason: counts[reason] for reason in range(lib.PK_EXIT_REASONS) if counts[reason]}
+
+    # -- from other threads -------------------------------------------------------------------------------------
+
+    def post(self, message: str | Callable[[], object]) -> None:
+        """Put a message into the mailbox and make the vCPU look."""
+        self._mailbox.put(message)
+        if self._fd is not None:
+            lib.pk_kick(self.state)
+
+    def resume(self) -> None:
+        """Let the vCPU's thread run the guest. The caller has set `running`."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._main, name=f"pykvm-vcpu{self.index}", daemon=True)
+            self._thread.start()
+        self._mailbox.put(_RUN)
+
+    def pause(self) -> None:
+        """Ask for a pause; the owner hears of it by vcpu_stopped."""
+        self.post(_PAUSE)
+
+    def end_thread(self, timeout_s: float) -> bool:
+        """Ask the thread to end, and wait for it; whether it did."""
+        thread = self._thread
+        if thread is None or thread is threading.current_thread():
+            self._mailbox.put(_EXIT)
+            return True
+        self.post(_EXIT)
+        thread.join(timeout_s)
+        if thread.is_alive():
+            return False
+        self._thread = None
+        return True
+
+    def on_own_thread(self) -> bool:
+        """Whether the caller is this vCPU's thread (a device or hook)."""
+        return threading.current_thread() is self._thread
+
+    # -- the vCPU's thread --------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        lib.pk_thread_init()
+        while not self._leave:
+            message = self._mailbox.get()
+            if message is _RUN:
+                self._run_until_told()
+            else:
+                self._obey(message)
+
+    def _obey(self, message: str | Callable[[], object]) -> bool:
+        """Act on a message; whether it asks to stop running."""
+        if message is _EXIT:
+            self._leave = True
+        elif callable(message):
+            message()
+            return False
+        return message is not _RUN
+
+    def _run_until_told(self) -> None:
+        outcome: Outcome | None = None
+        error: BaseException | None = None
+        try:
+            while outcome is None:
+                outcome = self._run_guest()
+                if outcome is None and self._told_to_stop():
+                    break
+            outcome = outcome or self.settle()
+        except PykvmError as problem:
+            error = problem
+        except BaseException as problem:
+            error = DeviceError(self._last_target(), "an access by the guest")
+            error.__cause__ = problem
+        self.owner.vcpu_stopped(self, outcome, error)
+
+    def _told_to_stop(self) -> bool:
+        stop = False
+        while not stop and not self._mailbox.empty():
+            stop = self._obey(self._mailbox.get())
+        return stop
+
+    def _run_guest(self) -> Outcome | None:
+        """Run until the guest ends (its Outcome) or somebody kicks (None). The hot path of every exit."""
+        state, run, routes = self.state, lib.pk_run, self.bus.routes
+        while True:
+            key = run(state)
+            route = routes.get(key)
+            if route is None:
+                if key == -errno.EINTR:
+                    return None
+                outcome = self._dispatch(key)
+            else:
+                function, offset, size, write = route
+                if write:
+                    outcome = function(offset, size, state.value)  # type: ignore[operator]
+                else:
+                    state.value = function(offset, size) & MASKS[size]  # type: ignore[operator]
+                    continue
+            if outcome is not None:
+                return outcome
+
+    def _dispatch(self, key: int) -> Outcome | None:
+        if key < 0:
+            raise KvmError("KVM_RUN", -key, ADVICE.get(("KVM_RUN", -key), ""))
+        if key == KEY_COALESCED:
+            return drain_coalesced(self)
+        return TABLE.get(key & 0xFF, on_fatal)(self, key)
+
+    def _last_target(self) -> str:
+        run = self.state.run
+        if run.exit_reason == lib.KVM_EXIT_IO:
+            return self.bus.ports.describe(run.io.port)
+        if run.exit_reason == lib.KVM_EXIT_MMIO:
+            return self.bus.mmio.describe(run.mmio.phys_addr)
+        return "hook"
+
+    # -- without threads ----------------------------------------------------------------------------------------
+
+    def run_once(self) -> Exit:
+        """Run the guest on the caller's thread up to the next exit that C does not answer, and handle it.
+
+        The exit's access is completed, so the registers are those after the instruction. Signals and kicks end it
+        with reason INTR. Raises MachineStateError while the vCPU's thread runs it.
+        """
+        from pykvm.kvm.exits import reason_name
+
+        self._paused_fd()
+        key = lib.pk_run(self.state)
+        if key == -errno.EINTR:
+            return Exit("INTR", None)
+        if key == KEY_COALESCED:
+            return Exit("COALESCED", drain_coalesced(self))
+        result = Exit(reason_name(key & 0xFF) if key >= 0 else "ERROR", self._dispatch(key))
+        if key & 0xFF in (lib.KVM_EXIT_IO, lib.KVM_EXIT_MMIO):
+            result.size, result.write = key >> SIZE_SHIFT & 0x7F, bool(key & KEY_WRITE)
+            result.value = None if key & KEY_STRING else self.state.value
+            if key & 0xFF == lib.KVM_EXIT_IO:
+                result.port = key >> PORT_SHIFT & 0xFFFF
+            else:
+                result.address = self.state.address
+        result.outcome = result.outcome or self.settle()
+        return result
+
+    def settle(self) -> Outcome | None:
+        """Complete a pending access without running the guest, so that the registers are those after the instruction.
+
+        An access that KVM hands over in parts (MMIO wider than 8 bytes or across a page) is handled to its end.
+        """
+        while (key := lib.pk_settle(self.state)) != -errno.EINTR:
+            outcome = self._dispatch(key)
+            if outcome is not None:
+                return outcome
+        return None

@@ -1,0 +1,89 @@
+"""The KVM side of a new machine, in the order that KVM wants. Layer: core.
+
+TSS and identity map before vCPUs, the irqchip before vCPUs, the PIT after the irqchip, CPUID before MSRs.
+"""
+
+from __future__ import annotations
+
+from pykvm._native import lib
+from pykvm.errors import MissingCapability
+from pykvm.x86 import layout
+from pykvm.x86.cpuid import CpuidEntry, configure
+from pykvm.x86.msrs import power_on
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pykvm.config import MachineConfig
+    from pykvm.core.memory import Slot
+    from pykvm.core.vcpu import Vcpu
+    from pykvm.kvm.system import Kvm
+    from pykvm.kvm.vm import VmFd
+
+REQUIRED = (
+    "KVM_CAP_USER_MEMORY",
+    "KVM_CAP_IMMEDIATE_EXIT",
+    "KVM_CAP_EXT_CPUID",
+    "KVM_CAP_MP_STATE",
+    "KVM_CAP_VCPU_EVENTS",
+)
+REQUIRED_FOR = {
+    "kernel": ("KVM_CAP_IRQCHIP", "KVM_CAP_PIT2"),
+    "split": ("KVM_CAP_SPLIT_IRQCHIP", "KVM_CAP_SIGNAL_MSI"),
+    "none": (),
+}
+
+
+def create_vm(kvm: Kvm, config: MachineConfig) -> VmFd:
+    """A VM with its irqchip; no memory and no vCPU yet. All missing capabilities are named in one error."""
+    kvm.require((*REQUIRED, *REQUIRED_FOR[config.irqchip]))
+    vm = kvm.create_vm()
+    try:
+        vm.set_identity_map_addr(layout.IDENTITY_MAP)
+        vm.set_tss_addr(layout.KVM_TSS)
+        if config.irqchip == "kernel":
+            vm.create_irqchip()
+            if config.pit:
+                vm.create_pit2(lib.KVM_PIT_SPEAKER_DUMMY)
+        elif config.irqchip == "split":
+            vm.enable_cap(lib.KVM_CAP_SPLIT_IRQCHIP, layout.IOAPIC_PINS)
+    except BaseException:
+        vm.close()
+        raise
+    return vm
+
+
+def map_slot(vm: VmFd, slot: Slot) -> None:
+    """Tell KVM of a memory slot."""
+    flags = lib.KVM_MEM_READONLY if slot.readonly else 0
+    if slot.readonly and not vm.check_extension(lib.KVM_CAP_READONLY_MEM):
+        raise MissingCapability(["KVM_CAP_READONLY_MEM"])
+    vm.set_user_memory_region(slot.index, slot.gpa, slot.size, slot.hva, flags)
+
+
+def create_vcpus(vm: VmFd, kvm: Kvm, config: MachineConfig, vcpus: Sequence[Vcpu]) -> None:
+    """Create KVM's vCPUs with CPUID and MSRs and connect the Vcpu objects to them."""
+    coalesced = vm.check_extension(lib.KVM_CAP_COALESCED_MMIO) * layout.PAGE_SIZE
+    deadline = bool(vm.check_extension(lib.KVM_CAP_TSC_DEADLINE_TIMER))
+    supported = [CpuidEntry(*entry) for entry in kvm.supported_cpuid()]
+    for vcpu in vcpus:
+        fd = vm.create_vcpu(vcpu.index)
+        try:
+            vcpu.connect(fd, kvm.vcpu_mmap_size, coalesced)
+        except BaseException:
+            fd.close()
+            raise
+        cpuid = configure(
+            supported,
+            vcpu_index=vcpu.index,
+            cpus=config.cpus,
+            features=config.cpu_features,
+            irqchip_in_kernel=config.irqchip != "none",
+            tsc_deadline=deadline,
+            tsc_khz=fd.get_tsc_khz(),
+        )
+        fd.set_cpuid2([entry.fields() for entry in cpuid])
+        fd.set_msrs(dict(power_on(firmware=config.firmware)))
+        if config.stats:
+            lib.pk_vcpu_enable_stats(vcpu.state)
