@@ -7,6 +7,7 @@ from pykvm.x86.layout import GIB, KIB, MIB
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Literal
 
     IrqchipKind = Literal["kernel", "split", "none"]
@@ -119,3 +120,50 @@ def _check_cpus(cpus: int, irqchip: str) -> int:
             "cpus", "more than one vCPU needs --irqchip kernel or split: SIPI goes through the local APIC"
         )
     return cpus
+
+
+class BootConfig:
+    """What a PC boots. Paths are opened when the machine is made.
+
+    kernel      flat image, ELF, multiboot, bzImage, vmlinux: the loader looks at its first bytes
+    bios        firmware image, mapped under 4 GiB; with it `kernel` is only offered to the firmware by fw_cfg
+    cmdline     kernel command line
+    initrd      initial RAM disk, or the first multiboot module
+    modules     (path, command line) of multiboot modules
+    mode        "real", "protected" or "long": takes the kernel as a flat image
+    entry, load_addr   of a flat image
+    unpack      unpack a bzImage on the host and boot its payload
+    """
+
+    __slots__ = ("bios", "cmdline", "entry", "initrd", "kernel", "load_addr", "mode", "modules", "unpack")
+
+    def __init__(
+        self,
+        kernel: str | None = None,
+        *,
+        bios: str | None = None,
+        cmdline: str = "",
+        initrd: str | None = None,
+        modules: Sequence[tuple[str, str]] = (),
+        mode: str | None = None,
+        entry: int | None = None,
+        load_addr: int | None = None,
+        unpack: bool = True,
+    ) -> None:
+        if kernel is None and bios is None:
+            raise ConfigError("kernel", "name a kernel image, or a firmware with --bios")
+        if mode is not None and mode not in MODES:
+            raise ConfigError("mode", f"{mode!r} is none of {', '.join(MODES)}")
+        if load_addr is not None and mode is None:
+            raise ConfigError("load-addr", "only a flat image can be placed: give --mode real, protected or long")
+        if bios is not None and (mode is not None or modules):
+            raise ConfigError("bios", "--mode and --module are for kernels that pykvm boots itself")
+        self.kernel = kernel
+        self.bios = bios
+        self.cmdline = cmdline
+        self.initrd = initrd
+        self.modules = tuple(modules)
+        self.mode = mode
+        self.entry = entry
+        self.load_addr = load_addr
+        self.unpack = unpack

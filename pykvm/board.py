@@ -1,0 +1,249 @@
+"""The PC: the explicit list of what is built in and at which address. Layer: board.
+
+`Pc` is a Machine with the legacy devices of a PC, ACPI and MP tables, and a boot image. Every device is one attach_*
+step below; the addresses are in x86.layout.
+"""
+
+from __future__ import annotations
+
+from pykvm.boot.image import E820_RAM, E820_RESERVED, Boot, BootOptions, ImageFile, Module
+from pykvm.config import BootConfig, MachineConfig
+from pykvm.core.fastuart import FastUart
+from pykvm.core.machine import Machine
+from pykvm.devices import acpi_pm, fw_cfg, pci_host
+from pykvm.devices.acpi_pm import AcpiPm
+from pykvm.devices.debugcon import DebugCon
+from pykvm.devices.debugexit import DebugExit
+from pykvm.devices.fw_cfg import FwCfg
+from pykvm.devices.i8042 import I8042
+from pykvm.devices.pci_host import PciHost
+from pykvm.devices.ports import PostCode, SystemControlA, SystemControlB
+from pykvm.devices.pvpanic import PvPanic
+from pykvm.devices.rtc import Rtc
+from pykvm.devices.serial import LSR, LSR_IDLE, THR, Serial
+from pykvm.x86 import layout
+from pykvm.x86.acpi import build_acpi, build_image
+from pykvm.x86.mptable import build_mptable
+from pykvm.x86.platform import Platform
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pykvm.core.device import Device
+    from pykvm.kvm.system import Kvm
+
+
+KVM_PAGES = (layout.IDENTITY_MAP, 4 * layout.PAGE_SIZE, E820_RESERVED)  # the identity map and KVM's TSS
+
+
+class Pc(Machine):
+    """A PC, with its boot image loaded.
+
+    >>> with Pc(BootConfig(kernel="hello.bin"), memory="16M") as pc:
+    ...     pc.run(timeout=5), pc.console.text
+    (<Outcome HALTED>, 'Hello from real mode\\r\\n')
+
+    boot          what to boot; None leaves memory empty and vCPU 0 at the reset vector
+    serial_ports  how many of COM1 to COM4 exist; the first one's output goes to `console`
+    testdev       the PC test device that kernel test suites drive
+    config, options   as for Machine
+
+    Raises what Machine raises, and ImageError for a file that cannot be booted.
+    """
+
+    def __init__(
+        self,
+        boot: BootConfig | None = None,
+        config: MachineConfig | None = None,
+        *,
+        serial_ports: int = 1,
+        testdev: bool = False,
+        kvm: Kvm | None = None,
+        **options: object,
+    ) -> None:
+        super().__init__(config, kvm=kvm, **options)
+        self.boot_config = boot
+        self.boot: Boot | None = None
+        self.platform = Platform(
+            range(self.config.cpus),
+            ioapic=self.config.irqchip != "none",
+            pic=self.config.irqchip == "kernel",
+            serial=range(serial_ports),
+            fw_cfg=True,
+            pvpanic=True,
+        )
+        self.serial: list[Serial] = []
+        try:
+            self._attach_interrupts()
+            self._attach_serial(serial_ports)
+            self._attach_legacy()
+            self._attach_firmware_interface()
+            if testdev:
+                self._attach_testdev()
+            self.on_reset.append(self._load)
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    # -- devices ------------------------------------------------------------------------------------------------
+
+    def _attach_port(self, device: Device, base: int, length: int = 1, name: str | None = None) -> None:
+        self.attach(device, ports=range(base, base + length), name=name)
+
+    def _attach_interrupts(self) -> None:
+        if self.config.irqchip != "split":
+            return
+        from pykvm.core.splitirq import attach_ioapic
+
+        attach_ioapic(self)
+
+    def _attach_serial(self, count: int) -> None:
+        for port, irq in list(zip(layout.SERIAL_PORTS, layout.SERIAL_IRQS, strict=True))[:count]:
+            name = f"COM{len(self.serial) + 1}"
+            fast = None
+            if self.config.c_actions and not self.serial:
+                fast = FastUart(self, port + THR, port + LSR, LSR_IDLE, lambda: self.serial[0].flush())
+            sink = self.console.write if not self.serial else _discard
+            serial = Serial(self.irq_line(irq), sink, fast=fast, name=name)
+            self.serial.append(serial)
+            self._attach_port(serial, port, 8)
+        if self.serial:
+            self.console.flushers.append(self.serial[0].flush)
+
+    def _attach_legacy(self) -> None:
+        keyboard = I8042(self.irq_line(layout.IRQ_KEYBOARD))
+        self._attach_port(keyboard.data, layout.PORT_I8042_DATA, name="i8042 data")
+        self._attach_port(keyboard.command, layout.PORT_I8042_STATUS, name="i8042 command")
+        self.rtc = Rtc(
+            self.irq_line(layout.IRQ_RTC),
+            ram_below_4g=min(self.config.memory, layout.PCI_HOLE),
+            ram_above_4g=max(self.config.memory - layout.PCI_HOLE, 0),
+            cpus=self.config.cpus,
+            timer=self.io.call_later,
+        )
+        self._attach_port(self.rtc, layout.PORT_RTC, 2)
+        self._attach_port(SystemControlB(), layout.PORT_SYSTEM_CONTROL_B)  # KVM's PIT answers it first, if there is one
+        self._attach_port(SystemControlA(), layout.PORT_FAST_A20)
+        self.post_codes = PostCode()
+        self._attach_port(self.post_codes, layout.PORT_POST)
+        self._attach_port(DebugExit(), layout.PORT_DEBUG_EXIT, 4)
+        self._attach_port(DebugCon(self.console.write), layout.PORT_DEBUGCON)
+        self._attach_port(DebugCon(self.console.write, name="seabios-debug"), layout.PORT_SEABIOS_DEBUG)
+        self._attach_port(PvPanic(), layout.PORT_PVPANIC)
+
+    def _attach_firmware_interface(self) -> None:
+        self.pci = PciHost()
+        self._attach_port(self.pci, layout.PORT_PCI_CONFIG, pci_host.LENGTH)
+        self.acpi_pm = AcpiPm(self.irq_line(layout.IRQ_ACPI), call_later=self.io.call_later)
+        self._attach_port(self.acpi_pm, layout.PORT_ACPI_PM, acpi_pm.LENGTH)
+        self.fw_cfg = FwCfg(self.memory)
+        self._attach_port(self.fw_cfg, layout.PORT_FW_CFG, fw_cfg.LENGTH)
+        self.fw_cfg.add_machine(
+            ram_size=self.config.memory,
+            cpus=self.config.cpus,
+            # a firmware lays out the first MiB itself
+            e820=[(slot.gpa, slot.size, E820_RAM) for slot in self.memory.slots] + [KVM_PAGES],
+        )
+
+    def _attach_testdev(self) -> None:
+        from pykvm.devices.testdev import TestDevice
+
+        device = TestDevice(self.irqs.drive, self._flush_page)
+        self._attach_port(device.latch, layout.PORT_TESTDEV_LATCH32, 4)
+        self._attach_port(device.latch_byte, layout.PORT_TESTDEV_LATCH8)
+        self._attach_port(device.flush, layout.PORT_TESTDEV_FLUSH, 4)
+        self._attach_port(device.irq_lines, layout.PORT_TESTDEV_IRQ, layout.IOAPIC_PINS)
+        window = range(layout.TESTDEV_MMIO, layout.TESTDEV_MMIO + layout.TESTDEV_MMIO_SIZE)
+        self.attach(device.iomem, mmio=window)
+
+    def _flush_page(self, gpa: int) -> None:
+        """Make the guest fault the page in again, by dropping KVM's mapping of its slot."""
+        slot = self.memory.slot_at(gpa)
+        if slot is not None:
+            self.vm.set_user_memory_region(slot.index, slot.gpa, 0, slot.hva)
+            self.vm.set_user_memory_region(slot.index, slot.gpa, slot.size, slot.hva)
+
+    def press_power_button(self) -> None:
+        """What a person does to ask the operating system to shut down (ACPI 4.8.3.1.1)."""
+        self.acpi_pm.press_power_button()
+
+    # -- booting ------------------------------------------------------------------------------------------------
+
+    def e820(self) -> list[tuple[int, int, int]]:
+        """The memory map that boot protocols report: (base, size, type), sorted (ACPI 15)."""
+        low = min(self.config.memory, layout.PCI_HOLE)
+        areas = [
+            (0, layout.EBDA, E820_RAM),
+            (layout.EBDA, layout.LOW_RAM_END, E820_RESERVED),
+            (layout.BIOS_AREA, layout.BIOS_AREA_END, E820_RESERVED),
+            (layout.BIOS_AREA_END, low, E820_RAM),
+        ]
+        entries = [(start, min(end, low) - start, kind) for start, end, kind in areas if start < low]
+        entries.append(KVM_PAGES)
+        if self.config.memory > low:
+            entries.append((layout.HIGH_RAM, self.config.memory - low, E820_RAM))
+        return entries
+
+    def _load(self) -> None:
+        if self.boot_config is None:
+            return
+        boot = self.boot_config
+        known = len(self.memory.slots)
+        if boot.bios is not None:
+            from pykvm.boot.firmware import load_firmware
+
+            for name, data in self._firmware_files(boot).items():
+                self.fw_cfg.add_file(name, data)
+            self.boot = load_firmware(self.memory, ImageFile(boot.bios), BootOptions())
+        else:
+            from pykvm.boot.load import load
+
+            assert boot.kernel is not None
+            self.boot = load(self.memory, ImageFile(boot.kernel), self._boot_options(boot, self._write_tables()))
+        self.map_new_slots(known)
+        self.vcpus[0].load_state(self.boot.state)
+
+    def _boot_options(self, boot: BootConfig, rsdp: int) -> BootOptions:
+        return BootOptions(
+            mode=boot.mode,
+            entry=boot.entry,
+            load_addr=boot.load_addr,
+            cmdline=boot.cmdline,
+            initrd=ImageFile(boot.initrd) if boot.initrd is not None else None,
+            modules=[Module(ImageFile(path), arguments) for path, arguments in boot.modules],
+            e820=self.e820(),
+            rsdp=rsdp,
+            unpack=boot.unpack,
+        )
+
+    def _write_tables(self) -> int:
+        """ACPI and MP tables where firmware would leave them; the RSDP's GPA, 0 if there is no room for any."""
+        if self.config.memory < layout.BIOS_AREA_END:
+            return 0
+        acpi = build_acpi(self.platform)
+        pieces = acpi.pieces + (build_mptable(self.platform) if self.platform.ioapic else ())
+        for gpa, data in pieces:
+            self.memory.write(gpa, data)
+        return acpi.rsdp_gpa
+
+    def _firmware_files(self, boot: BootConfig) -> dict[str, bytes]:
+        """What a firmware finds in fw_cfg: tables to install, and a kernel to boot."""
+        from pykvm.x86.acpi_loader import loader_files
+
+        if boot.kernel is not None:
+            image = ImageFile(boot.kernel)
+            initrd = ImageFile(boot.initrd).data if boot.initrd is not None else b""
+            self.fw_cfg.add_linux(image.data, initrd=initrd, cmdline=boot.cmdline)
+        return loader_files(build_image(self.platform))
+
+
+def _discard(data: bytes) -> None:
+    """The sink of a serial port that nobody listens to yet."""
+
+
+def connect_serial(pc: Pc, index: int, sink: Callable[[bytes], None]) -> Serial:
+    """Send the output of COM`index + 1` to `sink`."""
+    pc.serial[index]._sink = sink
+    return pc.serial[index]

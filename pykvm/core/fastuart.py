@@ -1,0 +1,45 @@
+"""The C side's short cut for a UART: THR writes into a ring, LSR reads from a constant. Layer: core."""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pykvm.core.machine import Machine
+
+BATCH_S = 0.002  # how long the I/O thread lets bytes gather after the first one
+
+
+class FastUart:
+    """Two action-table entries and their ring, as `devices.serial` uses them.
+
+    `flush` is called on the I/O thread soon after the ring stopped being empty; it makes the device take the bytes.
+    """
+
+    def __init__(self, machine: Machine, thr_port: int, lsr_port: int, lsr_idle: int, flush: Callable[[], object]) -> None:
+        self._tx, self._ring = machine.actions.append(thr_port)
+        self._lsr = machine.actions.constant(range(lsr_port, lsr_port + 1), lsr_idle)
+        self._tx.enabled = self._lsr.enabled = False
+        self._io = machine.io
+        self._flush = flush
+        self._io.add_reader(self._ring.eventfd, self._on_bytes)
+        machine.on_close.append(lambda: self._io.remove_reader(self._ring.eventfd))
+
+    def _on_bytes(self) -> None:
+        os.eventfd_read(self._ring.eventfd)
+        self._io.call_later(BATCH_S, self._flush)
+
+    def enable_tx(self, on: bool) -> None:
+        """Whether C takes byte writes to THR."""
+        self._tx.enabled = on
+
+    def enable_lsr(self, on: bool) -> None:
+        """Whether C answers reads of LSR."""
+        self._lsr.enabled = on
+
+    def drain(self) -> bytes:
+        """Take all bytes out of the ring, oldest first."""
+        return self._ring.drain()
