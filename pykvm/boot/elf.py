@@ -1,4 +1,4 @@
-"""ELF: a small reader whose every bound is checked, and the placing of its segments. Layer: boot.
+"""ELF: a small reader whose every bound is checked, and the loader of plain ELF kernels. Layer: boot.
 
 A file is refused (ImageError) rather than half-read: whatever its headers say, time and memory are bounded by
 the limits below and by the file's own size.
@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import struct
 
+from pykvm.boot.image import Boot
 from pykvm.boot.placement import fits, ram_ranges
+from pykvm.boot.rules import GDT_AREA, PAGE_TABLES, check_clear, check_entry, refuse_options
+from pykvm.x86.states import long_mode, protected_flat
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pykvm.boot.image import ImageFile
+    from pykvm.boot.image import BootOptions, ImageFile
     from pykvm.core.memory import GuestMemory
 
 ELF_MAGIC = b"\x7fELF"
@@ -24,9 +27,11 @@ ET_NAMES = {1: "a relocatable object (link it first)", 4: "a core dump"}
 ET_EXEC, ET_DYN = 2, 3
 EM_386, EM_X86_64 = 3, 62
 PT_LOAD, PT_INTERP, PT_NOTE = 1, 3, 4
+SHT_NOBITS = 8
 
 MAX_SEGMENTS = 1024  # kernels have about five; PN_XNUM (0xffff, "see section 0") is refused with the rest
 MAX_SECTIONS = 0xFF00  # SHN_LORESERVE
+LARGE_BSS = 1 << 20  # from here on giving pages back to the host is cheaper than filling them
 MAX_NOTE_BYTES = 1 << 20  # of all PT_NOTE segments together; a kernel's notes are a few hundred bytes
 
 _EHDR = {32: struct.Struct("<16xHHIIIIIHHHHHH"), 64: struct.Struct("<16xHHIQQQIHHHHHH")}
@@ -224,14 +229,57 @@ def place_segments(
     Returns the [start, end) GPAs, ascending. ImageError if a segment is malformed, overlaps another or lies
     outside the RAM that `e820` names (without one: outside guest memory); then nothing was written.
     """
-    loads = check_segments(image, elf)
+    return copy_segments(memory, image, check_segments(image, elf), e820)
+
+
+def copy_segments(
+    memory: GuestMemory,
+    image: ImageFile,
+    segments: Sequence[ElfSegment],
+    e820: Sequence[tuple[int, int, int]] = (),
+    *,
+    shift: int = 0,
+) -> list[tuple[int, int]]:
+    """What `place_segments` does, for segments that are checked already; each moves up by `shift` bytes."""
     ram = ram_ranges(memory, e820)
-    for each in loads:
-        if not fits(ram, each.paddr, each.paddr + each.memsz):
-            span = f"[{each.paddr:#x}, {each.paddr + each.memsz:#x})"
-            raise image.error(f"the segment {span} does not fit in guest RAM ({memory.size >> 20} MiB)")
+    ranges = [(each.paddr + shift, each.paddr + each.memsz + shift) for each in segments]
+    for start, end in ranges:
+        if not fits(ram, start, end):
+            raise image.error(
+                f"[{start:#x}, {end:#x}), where it must be loaded, is not all RAM ({memory.size >> 20} MiB in all)"
+            )
     data = memoryview(image.data)
-    for each in loads:
-        memory.write(each.paddr, data[each.offset : each.offset + each.filesz])
-        memory.fill(each.paddr + each.filesz, each.memsz - each.filesz)
-    return [(each.paddr, each.paddr + each.memsz) for each in loads]
+    for each in segments:
+        gpa = each.paddr + shift
+        memory.write(gpa, data[each.offset : each.offset + each.filesz])
+        _clear(memory, gpa + each.filesz, gpa + each.memsz)
+    return ranges
+
+
+def _clear(memory: GuestMemory, start: int, end: int) -> None:
+    if end - start < LARGE_BSS:
+        memory.fill(start, end - start)
+    else:
+        from pykvm.boot.bulk import clear
+
+        clear(memory, start, end)
+
+
+def load_elf(memory: GuestMemory, image: ImageFile, options: BootOptions) -> Boot:
+    """Load an executable of no known boot protocol in the mode of its class.
+
+    ELF32 starts in flat 32-bit protected mode, ELF64 in long mode with the first 4 GiB mapped to themselves; the
+    segments go to their physical addresses (p_paddr). ImageError if anything about the file is wrong.
+    """
+    elf = parse_elf(image)
+    if any(each.type == PT_INTERP for each in elf.segments):
+        raise image.error("is a dynamically linked program, not a kernel")
+    refuse_options(image, options, "a plain ELF file", "cmdline", "initrd", "modules", "load_addr")
+    segments = check_segments(image, elf)
+    occupied = [(each.paddr, each.paddr + each.memsz) for each in segments]
+    check_clear(image, occupied, (GDT_AREA, PAGE_TABLES) if elf.bits == 64 else (GDT_AREA,))
+    entry = elf.physical_entry() if options.entry is None else options.entry
+    check_entry(memory, image, entry)
+    copy_segments(memory, image, segments, options.e820)
+    state = (long_mode if elf.bits == 64 else protected_flat)(memory, entry)
+    return Boot(f"elf{elf.bits}", image.path, entry, state)
