@@ -52,12 +52,14 @@ KEY_MAX_CPUS, KEY_KERNEL_DATA, KEY_INITRD_DATA = 0x0F, 0x11, 0x12
 KEY_CMDLINE_ADDR, KEY_CMDLINE_SIZE, KEY_CMDLINE_DATA = 0x13, 0x14, 0x15
 KEY_SETUP_ADDR, KEY_SETUP_SIZE, KEY_SETUP_DATA = 0x16, 0x17, 0x18
 KEY_FILE_DIR, KEY_FILE_FIRST, KEY_FILE_LAST = 0x19, 0x20, 0x3FFF
+KEY_IRQ0_OVERRIDE = 0x8002  # ISA interrupt 0 arrives at IOAPIC pin 2
 KEY_WRITE_CHANNEL = 0x4000  # in the selector: asks for write mode, which no longer exists; not part of the key
 
 MAX_NAME = 55  # and a NUL
 MAX_ITEM = 0xFFFF_FFFF
 
-E820_RAM, E820_RESERVED = 1, 2
+# etc/system-states: a byte for each of S0 to S5, bit 7 if the state exists, below it SLP_TYP
+SYSTEM_STATES = bytes([0x80, 0, 0, 0, 0, 0x80])
 
 
 class Item:
@@ -137,12 +139,19 @@ class FwCfg(Device):
         self._items[KEY_FILE_DIR] = Item(b"".join(entries), False, None)
 
     def add_machine(self, *, ram_size: int, cpus: int, e820: Iterable[tuple[int, int, int]]) -> None:
-        """What every firmware asks: RAM in bytes, processors, and the memory map as (GPA, length, type)."""
+        """What every firmware asks: RAM in bytes, processors, the memory map as (GPA, length, type), habits.
+
+        Without a display SeaBIOS takes COM1 for its screen. When nothing can be booted it says so and stays,
+        instead of starting anew every minute.
+        """
         self.add_item(KEY_RAM_SIZE, struct.pack("<Q", ram_size))
         self.add_item(KEY_NOGRAPHIC, struct.pack("<H", 1))
         self.add_item(KEY_NB_CPUS, struct.pack("<H", cpus))
         self.add_item(KEY_MAX_CPUS, struct.pack("<H", cpus))
+        self.add_item(KEY_IRQ0_OVERRIDE, b"\1")  # for the MP table that SeaBIOS makes itself
         self.add_file("etc/e820", b"".join(struct.pack("<QQI", *entry) for entry in e820))
+        self.add_file("etc/system-states", SYSTEM_STATES)
+        self.add_file("etc/boot-fail-wait", struct.pack("<i", -1))
 
     def add_linux(
         self,

@@ -75,8 +75,9 @@ class PciFunction:
 def i440fx() -> PciFunction:
     """The host bridge that every PC firmware for virtual machines knows.
 
-    Its memory attribute registers (PAM) keep what is written, as SeaBIOS expects to read it back, but
-    change nothing: the memory below 1 MiB always is RAM here.
+    Its memory attribute registers (PAM) change nothing, because everything below 1 MiB always is RAM here, but
+    they keep what is written. Their power-on value, no shadow RAM, makes SeaBIOS copy all of itself from below
+    4 GiB to below 1 MiB: it is larger than the 128 KiB that a PC shows there, and a reset wants a fresh copy.
     """
     bridge = PciFunction(INTEL, I440FX, CLASS_HOST_BRIDGE, revision=2)
     bridge.preset(COMMAND, COMMAND_MEMORY | COMMAND_MASTER, writable=COMMAND_SERR)

@@ -131,7 +131,11 @@ def test_machine_items(device: FwCfg) -> None:
     device.add_machine(ram_size=5 << 30, cpus=3, e820=[(0, 0x9FC00, 1), (HIGH, 0x1000, 2)])
     assert read_item(device, KEY_RAM_SIZE, 8) == struct.pack("<Q", 5 << 30)
     assert read_item(device, KEY_NB_CPUS, 2) == read_item(device, KEY_MAX_CPUS, 2) == b"\x03\0"
-    key, size = directory(device)["etc/e820"]
+    assert read_item(device, 0x8002, 2) == b"\1\0"
+    files = directory(device)
+    assert read_item(device, files["etc/system-states"][0], 7) == b"\x80\0\0\0\0\x80\0"
+    assert read_item(device, files["etc/boot-fail-wait"][0], 5) == b"\xff\xff\xff\xff\0"
+    key, size = files["etc/e820"]
     assert size == 40
     assert read_item(device, key, 40) == struct.pack("<QQI", 0, 0x9FC00, 1) + struct.pack("<QQI", HIGH, 0x1000, 2)
 
