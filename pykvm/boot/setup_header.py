@@ -99,7 +99,7 @@ class SetupHeader:
             )
         # syssize counts paragraphs, rounded up; signed kernels have more than it says, never less
         if rest + 15 < self.syssize * 16:
-            raise self.image.error(f"truncated: {self.syssize * 16} bytes of kernel code, the file has {rest}")
+            raise self.image.error(f"truncated: {self.syssize * 16} bytes of code, the file has {rest}")
 
     @property
     def code(self) -> memoryview:

@@ -84,6 +84,8 @@ def find_payload(header: SetupHeader) -> Payload:
     data = code[offset : offset + length]
     for magic, codec in _MAGICS:
         if data[: len(magic)] == magic:
+            if codec == "lzo":
+                raise UnsupportedPayloadError("lzo compression")
             size = len(data) if codec == "none" else struct.unpack_from("<I", data, length - 4)[0]
             return Payload(codec, data, size)
     raise UnsupportedPayloadError(f"unknown compression (magic {data[:4].hex()})")
@@ -110,10 +112,7 @@ def unpack(payload: Payload, open_sink: Callable[[bytes], Sink]) -> None:
 
 
 def _unpack_stream(payload: Payload, open_sink: Callable[[bytes], Sink]) -> int:
-    try:
-        decode = _DECODERS[payload.codec]
-    except KeyError:
-        raise UnsupportedPayloadError(f"{payload.codec} compression") from None
+    decode = _DECODERS[payload.codec]
     sink: Sink | None = None
     pending = b""  # what came before the sink was opened
     total = 0
