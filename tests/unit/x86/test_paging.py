@@ -201,9 +201,7 @@ U64 = st.integers(0, (1 << 64) - 1)
 @settings(max_examples=200, deadline=None)
 @given(
     linear=U64,
-    registers=st.fixed_dictionaries(
-        {"cr0": U64, "cr3": st.one_of(U64, st.just(0x1000)), "cr4": U64, "efer": U64}
-    ),
+    registers=st.fixed_dictionaries({"cr0": U64, "cr3": st.one_of(U64, st.just(0x1000)), "cr4": U64, "efer": U64}),
     table=st.lists(st.one_of(U64, st.sampled_from([0x1003, 0x2007, 0x1083])), min_size=1, max_size=8),
 )
 def test_no_tables_make_the_walk_raise(linear: int, registers: dict[str, int], table: list[int]) -> None:
