@@ -10,7 +10,6 @@ from pykvm.boot.image import E820_RAM, E820_RESERVED, Boot, BootOptions, ImageFi
 from pykvm.config import BootConfig, MachineConfig
 from pykvm.core.fastuart import FastUart
 from pykvm.core.machine import Machine
-from pykvm.devices import acpi_pm, fw_cfg, pci_host
 from pykvm.devices.acpi_pm import AcpiPm
 from pykvm.devices.debugcon import DebugCon
 from pykvm.devices.debugexit import DebugExit
@@ -30,11 +29,27 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pykvm.core.console import Console
     from pykvm.core.device import Device
     from pykvm.kvm.system import Kvm
 
 
 KVM_PAGES = (layout.IDENTITY_MAP, 4 * layout.PAGE_SIZE, E820_RESERVED)  # the identity map and KVM's TSS
+
+
+class _SerialSink:
+    """The output of one serial port: to the machine's console, and to whoever is connected."""
+
+    __slots__ = ("_console", "sink")
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self.sink: Callable[[bytes], object] | None = None
+
+    def write(self, data: bytes) -> None:
+        self._console.write(data)
+        if self.sink is not None:
+            self.sink(data)
 
 
 class Pc(Machine):
@@ -45,7 +60,8 @@ class Pc(Machine):
     (<Outcome HALTED>, 'Hello from real mode\\r\\n')
 
     boot          what to boot; None leaves memory empty and vCPU 0 at the reset vector
-    serial_ports  how many of COM1 to COM4 exist; the first one's output goes to `console`
+    serial_ports  how many of COM1 to COM4 exist; their output goes to `console`, see connect_serial
+    debug_exit    isa-debug-exit at port 0xf4
     testdev       the PC test device that kernel test suites drive
     config, options   as for Machine
 
@@ -58,6 +74,7 @@ class Pc(Machine):
         config: MachineConfig | None = None,
         *,
         serial_ports: int = 1,
+        debug_exit: bool = True,
         testdev: bool = False,
         kvm: Kvm | None = None,
         **options: object,
@@ -74,13 +91,18 @@ class Pc(Machine):
             pvpanic=True,
         )
         self.serial: list[Serial] = []
+        self._serial_sinks: list[_SerialSink] = []
         try:
             self._attach_interrupts()
             self._attach_serial(serial_ports)
             self._attach_legacy()
+            if debug_exit:
+                self._attach_port(DebugExit(), layout.PORT_DEBUG_EXIT, 4)
             self._attach_firmware_interface()
             if testdev:
                 self._attach_testdev()
+            if boot is not None and boot.bios is not None:
+                self._offer_to_firmware(boot)
             self.on_reset.append(self._load)
             self._load()
         except BaseException:
@@ -100,17 +122,22 @@ class Pc(Machine):
         attach_ioapic(self)
 
     def _attach_serial(self, count: int) -> None:
-        for port, irq in list(zip(layout.SERIAL_PORTS, layout.SERIAL_IRQS, strict=True))[:count]:
-            name = f"COM{len(self.serial) + 1}"
-            fast = None
-            if self.config.c_actions and not self.serial:
-                fast = FastUart(self, port + THR, port + LSR, LSR_IDLE, lambda: self.serial[0].flush())
-            sink = self.console.write if not self.serial else _discard
-            serial = Serial(self.irq_line(irq), sink, fast=fast, name=name)
+        for index in range(count):
+            sink = _SerialSink(self.console)
+            port = layout.SERIAL_PORTS[index]
+            fast = FastUart(self, port + THR, port + LSR, LSR_IDLE) if self.config.c_actions else None
+            irq = self.irq_line(layout.SERIAL_IRQS[index])
+            serial = Serial(irq, sink.write, fast=fast, name=f"COM{index + 1}")
+            if fast is not None:
+                fast.on_bytes(serial.flush)
+            self.console.flushers.append(serial.flush)
             self.serial.append(serial)
+            self._serial_sinks.append(sink)
             self._attach_port(serial, port, 8)
-        if self.serial:
-            self.console.flushers.append(self.serial[0].flush)
+
+    def connect_serial(self, index: int, sink: Callable[[bytes], object]) -> None:
+        """Send the output of COM`index + 1` to `sink` as well as to `console`."""
+        self._serial_sinks[index].sink = sink
 
     def _attach_legacy(self) -> None:
         keyboard = I8042(self.irq_line(layout.IRQ_KEYBOARD))
@@ -128,18 +155,17 @@ class Pc(Machine):
         self._attach_port(SystemControlA(), layout.PORT_FAST_A20)
         self.post_codes = PostCode()
         self._attach_port(self.post_codes, layout.PORT_POST)
-        self._attach_port(DebugExit(), layout.PORT_DEBUG_EXIT, 4)
         self._attach_port(DebugCon(self.console.write), layout.PORT_DEBUGCON)
         self._attach_port(DebugCon(self.console.write, name="seabios-debug"), layout.PORT_SEABIOS_DEBUG)
         self._attach_port(PvPanic(), layout.PORT_PVPANIC)
 
     def _attach_firmware_interface(self) -> None:
         self.pci = PciHost()
-        self._attach_port(self.pci, layout.PORT_PCI_CONFIG, pci_host.LENGTH)
+        self._attach_port(self.pci, layout.PORT_PCI_CONFIG, PciHost.length)
         self.acpi_pm = AcpiPm(self.irq_line(layout.IRQ_ACPI), call_later=self.io.call_later)
-        self._attach_port(self.acpi_pm, layout.PORT_ACPI_PM, acpi_pm.LENGTH)
+        self._attach_port(self.acpi_pm, layout.PORT_ACPI_PM, AcpiPm.length)
         self.fw_cfg = FwCfg(self.memory)
-        self._attach_port(self.fw_cfg, layout.PORT_FW_CFG, fw_cfg.LENGTH)
+        self._attach_port(self.fw_cfg, layout.PORT_FW_CFG, FwCfg.length)
         self.fw_cfg.add_machine(
             ram_size=self.config.memory,
             cpus=self.config.cpus,
@@ -148,9 +174,9 @@ class Pc(Machine):
         )
 
     def _attach_testdev(self) -> None:
-        from pykvm.devices.testdev import TestDevice
+        from pykvm.devices.testdev import PcTestDevice
 
-        device = TestDevice(self.irqs.drive, self._flush_page)
+        device = PcTestDevice(self.irqs.drive, self._flush_page)
         self._attach_port(device.latch, layout.PORT_TESTDEV_LATCH32, 4)
         self._attach_port(device.latch_byte, layout.PORT_TESTDEV_LATCH8)
         self._attach_port(device.flush, layout.PORT_TESTDEV_FLUSH, 4)
@@ -194,8 +220,6 @@ class Pc(Machine):
         if boot.bios is not None:
             from pykvm.boot.firmware import load_firmware
 
-            for name, data in self._firmware_files(boot).items():
-                self.fw_cfg.add_file(name, data)
             self.boot = load_firmware(self.memory, ImageFile(boot.bios), BootOptions())
         else:
             from pykvm.boot.load import load
@@ -228,22 +252,15 @@ class Pc(Machine):
             self.memory.write(gpa, data)
         return acpi.rsdp_gpa
 
-    def _firmware_files(self, boot: BootConfig) -> dict[str, bytes]:
-        """What a firmware finds in fw_cfg: tables to install, and a kernel to boot."""
+    def _offer_to_firmware(self, boot: BootConfig) -> None:
+        """Put into fw_cfg what a firmware looks for: the ACPI tables to install, and a kernel to boot."""
         from pykvm.x86.acpi_loader import loader_files
 
+        for name, data in loader_files(build_image(self.platform)).items():
+            self.fw_cfg.add_file(name, data)
         if boot.kernel is not None:
-            image = ImageFile(boot.kernel)
-            initrd = ImageFile(boot.initrd).data if boot.initrd is not None else b""
-            self.fw_cfg.add_linux(image.data, initrd=initrd, cmdline=boot.cmdline)
-        return loader_files(build_image(self.platform))
+            from pykvm.boot.fwlinux import split_for_firmware
 
-
-def _discard(data: bytes) -> None:
-    """The sink of a serial port that nobody listens to yet."""
-
-
-def connect_serial(pc: Pc, index: int, sink: Callable[[bytes], None]) -> Serial:
-    """Send the output of COM`index + 1` to `sink`."""
-    pc.serial[index]._sink = sink
-    return pc.serial[index]
+            initrd = ImageFile(boot.initrd) if boot.initrd is not None else None
+            parts = split_for_firmware(ImageFile(boot.kernel), cmdline=boot.cmdline, initrd=initrd, e820=self.e820())
+            self.fw_cfg.add_linux(**parts)

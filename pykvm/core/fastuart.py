@@ -14,23 +14,24 @@ BATCH_S = 0.002  # how long the I/O thread lets bytes gather after the first one
 
 
 class FastUart:
-    """Two action-table entries and their ring, as `devices.serial` uses them.
+    """Two action-table entries and their ring, as `devices.serial` uses them."""
 
-    `flush` is called on the I/O thread soon after the ring stopped being empty; it makes the device take the bytes.
-    """
-
-    def __init__(self, machine: Machine, thr_port: int, lsr_port: int, lsr_idle: int, flush: Callable[[], object]) -> None:
+    def __init__(self, machine: Machine, thr_port: int, lsr_port: int, lsr_idle: int) -> None:
         self._tx, self._ring = machine.actions.append(thr_port)
         self._lsr = machine.actions.constant(range(lsr_port, lsr_port + 1), lsr_idle)
         self._tx.enabled = self._lsr.enabled = False
-        self._io = machine.io
-        self._flush = flush
-        self._io.add_reader(self._ring.eventfd, self._on_bytes)
-        machine.on_close.append(lambda: self._io.remove_reader(self._ring.eventfd))
+        self._machine = machine
 
-    def _on_bytes(self) -> None:
-        os.eventfd_read(self._ring.eventfd)
-        self._io.call_later(BATCH_S, self._flush)
+    def on_bytes(self, flush: Callable[[], object]) -> None:
+        """Call `flush` on the I/O thread soon after the ring stopped being empty: the device takes the bytes then."""
+        io, eventfd = self._machine.io, self._ring.eventfd
+
+        def wake() -> None:
+            os.eventfd_read(eventfd)
+            io.call_later(BATCH_S, flush)
+
+        io.add_reader(eventfd, wake)
+        self._machine.on_close.append(lambda: io.remove_reader(eventfd))
 
     def enable_tx(self, on: bool) -> None:
         """Whether C takes byte writes to THR."""

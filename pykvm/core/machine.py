@@ -39,6 +39,7 @@ from pykvm.x86 import layout
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Self
 
     from pykvm.core.device import Device, IrqLine
     from pykvm.core.memory import Slot
@@ -268,6 +269,10 @@ class Machine:
         if not any(vcpu.on_own_thread() for vcpu in self.vcpus):
             self.pause()
 
+    def stop_soon(self) -> None:
+        """End the run with Outcome STOPPED without waiting for it; callable from any thread."""
+        self.finish(Outcome("STOPPED"))
+
     def finish(self, outcome: Outcome) -> None:
         """End the run with `outcome` (the first one counts); returns at once."""
         with self._changed:
@@ -318,7 +323,7 @@ class Machine:
         if stuck:
             raise MachineStateError(f"vCPU {stuck} hangs in a device's code: its machine cannot be closed")
 
-    def __enter__(self) -> Machine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

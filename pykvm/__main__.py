@@ -1,0 +1,5 @@
+"""`python -m pykvm`. Layer: cli."""
+
+from pykvm.cli.main import entry
+
+entry()

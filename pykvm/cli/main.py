@@ -1,0 +1,83 @@
+"""The `pykvm` command: a table of commands, and the one place that turns exceptions into exit statuses. Layer: cli.
+
+Exit status: the command's own; 2 wrong usage, 4 this host cannot do it, 6 the guest crashed, 124 timeout.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# name -> (module with run(argv) -> int, what it does)
+COMMANDS = {
+    "start": ("pykvm.cli.start", "boot a kernel or firmware, its console on this terminal"),
+    "doctor": ("pykvm.cli.doctor", "say what this host can do, and what to do about what is missing"),
+    "version": ("pykvm.cli.version", "print the versions of pykvm, of its KVM header and of this host's KVM"),
+}
+
+EXIT_USAGE, EXIT_HOST, EXIT_BROKEN_PIPE = 2, 4, 141
+
+
+def usage() -> str:
+    """The overview that `pykvm --help` prints."""
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return f"usage: pykvm COMMAND [OPTION...]\n\ncommands:\n{rows}\n\n`pykvm COMMAND --help` says more."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else EXIT_USAGE
+    name = "version" if arguments[0] == "--version" else arguments[0]
+    if name not in COMMANDS:
+        print(f"pykvm: unknown command {name!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        return EXIT_USAGE
+    return _run(COMMANDS[name][0], arguments[1:])
+
+
+def _run(module: str, arguments: list[str]) -> int:
+    from importlib import import_module
+
+    from pykvm.errors import PykvmError, UsageError
+
+    try:
+        status: int = import_module(module).run(arguments)
+        sys.stdout.flush()
+        return status
+    except UsageError as error:
+        print(f"pykvm: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except PykvmError as error:
+        print(f"pykvm: {error}", file=sys.stderr)
+        return EXIT_HOST
+    except BrokenPipeError:
+        # the reader of our output has gone: as any filter, end quietly
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+
+
+def entry() -> None:
+    """The console script: exits without the interpreter's finalisation, which would cost milliseconds for nothing."""
+    try:
+        status = main()
+    except SystemExit as leave:  # argparse of a lesser command
+        status = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+    except KeyboardInterrupt:
+        status = 130
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        status = EXIT_BROKEN_PIPE
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    entry()

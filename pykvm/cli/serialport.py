@@ -1,0 +1,117 @@
+"""Where a serial port of the guest ends on the host: stdio, a file, a pseudo-terminal, nowhere. Layer: cli."""
+
+from __future__ import annotations
+
+import os
+
+from pykvm.cli.terminal import EscapeKeys, Input, Output, say
+from pykvm.errors import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pykvm.board import Pc
+
+
+class SerialPort:
+    """One connected port; `close` releases what the host side needs."""
+
+    def __init__(self) -> None:
+        self._closers: list[Callable[[], object]] = []
+
+    def add(self, closer: Callable[[], object]) -> None:
+        """Run `closer` at the end."""
+        self._closers.append(closer)
+
+    def close(self) -> None:
+        """Undo everything, last first."""
+        while self._closers:
+            self._closers.pop()()
+
+
+def open_serial(pc: Pc, index: int, where: str) -> SerialPort:
+    """Connect COM`index + 1` as `where` says: stdio, captured, file:PATH, pty, none. Raises UsageError."""
+    port = SerialPort()
+    if where == "stdio":
+        _connect(pc, index, port, 0, 1, escape=os.isatty(0))
+    elif where == "captured":
+        _connect(pc, index, port, 0, None, escape=False)
+    elif where == "pty":
+        _open_pty(pc, index, port)
+    elif where.startswith("file:"):
+        _open_file(pc, index, port, where.removeprefix("file:"))
+    return port
+
+
+def _connect(pc: Pc, index: int, port: SerialPort, in_fd: int, out_fd: int | None, *, escape: bool) -> None:
+    if out_fd is not None:
+        output = Output(out_fd)
+        output.on_broken = pc.stop_soon  # as any program whose reader has gone
+        pc.connect_serial(index, output.write)
+        port.add(lambda: setattr(output, "closing", True))
+    keys = EscapeKeys(_commands(pc, index), lambda text: _show(out_fd, text)) if escape else None
+    source = Input(pc.io, in_fd, pc.serial[index].receive, keys)
+    pc.serial[index].on_rx_space = source.more
+    port.add(source.stop)
+
+
+def _show(fd: int | None, text: str) -> None:
+    if fd is not None:
+        os.write(fd, text.encode())
+
+
+def _commands(pc: Pc, index: int) -> dict[str, tuple[str, Callable[[], None]]]:
+    def statistics() -> None:
+        from pykvm.debug.stats import collect_stats
+
+        _show(1, "\r\n" + collect_stats(pc).text().replace("\n", "\r\n") + "\r\n")
+
+    return {
+        "x": ("end the machine", pc.stop_soon),
+        "c": ("this menu", lambda: _show(1, EscapeKeys(_commands(pc, index), lambda text: None).menu())),
+        "p": ("press the power button", pc.press_power_button),
+        "b": ("send a break (SysRq)", lambda: _ignore(pc.serial[index].receive_break())),
+        "s": ("exit statistics", statistics),
+    }
+
+
+def _ignore(value: object) -> None:
+    """For a command whose result means nothing to the person."""
+
+
+def _open_pty(pc: Pc, index: int, port: SerialPort) -> None:
+    import tty
+
+    ours, theirs = os.openpty()
+    tty.setraw(theirs)  # until a terminal program sets it up: no echo of the guest's output back to it
+    port.add(lambda: os.close(ours))
+    port.add(lambda: os.close(theirs))  # kept open, so that closing the terminal program is no end of file
+    say(f"COM{index + 1} is {os.ttyname(theirs)}")
+    os.set_blocking(ours, False)
+    _connect(pc, index, port, ours, None, escape=False)
+    pc.connect_serial(index, _Lossy(ours).write)
+
+
+class _Lossy:
+    """Output to a pty that perhaps nobody reads: what does not fit is dropped, as on a cable."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def write(self, data: bytes) -> None:
+        try:
+            os.write(self._fd, data)
+        except BlockingIOError:
+            pass
+
+
+def _open_file(pc: Pc, index: int, port: SerialPort, path: str) -> None:
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise UsageError(f"--serial file:{path}: {error.strerror}") from error
+    output = Output(fd)
+    port.add(lambda: os.close(fd))
+    port.add(lambda: setattr(output, "closing", True))
+    pc.connect_serial(index, output.write)

@@ -1,0 +1,228 @@
+"""`pykvm start`: boot a kernel or firmware with its console on this terminal. Layer: cli."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+from pykvm import log
+from pykvm.cli.options import HelpWanted, Option, Parser
+from pykvm.cli.serialport import open_serial
+from pykvm.cli.terminal import RawMode, say
+from pykvm.config import BootConfig, MachineConfig, parse_int
+from pykvm.errors import ConfigError, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
+    from typing import Any
+
+    from pykvm.board import Pc
+    from pykvm.cli.serialport import SerialPort
+    from pykvm.core.outcome import Outcome
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9:
+        raise ConfigError("timeout", f"{text!r} is no number of seconds")
+    return value
+
+
+def _count(text: str) -> int:
+    return parse_int(text, "cpus")
+
+
+def _address(text: str) -> int:
+    value = parse_int(text, "address")
+    if not 0 <= value < 1 << 64:
+        raise ConfigError("address", f"{text} is not a 64-bit address")
+    return value
+
+
+def _module(text: str) -> tuple[str, str]:
+    path, _, arguments = text.partition(":")
+    return path, arguments
+
+
+def _level(text: str) -> str:
+    if text not in log.LEVELS:
+        raise ConfigError("log-level", f"{text!r} is none of {', '.join(log.LEVELS)}")
+    return text
+
+
+OPTIONS = (
+    Option("--mem", "SIZE", "RAM: 512M, 2G (default 128M)", default="128M"),
+    Option("--cpus", "N", "vCPUs (default 1)", default=1, convert=_count),
+    Option("--append", "STR", "kernel command line", default=""),
+    Option("--initrd", "FILE", "initial RAM disk; the first module of a multiboot kernel"),
+    Option("--module", "FILE[:ARGS]", "multiboot module with its command line; repeatable", many=True, convert=_module),
+    Option("--bios", "FILE", "firmware image; KERNEL is then offered to it through fw_cfg"),
+    Option("--mode", "MODE", "take KERNEL as a flat image: real, protected or long"),
+    Option("--entry", "ADDR", "entry point (real mode: IP)", convert=_address),
+    Option("--load-addr", "ADDR", "where a flat image goes", convert=_address),
+    Option("--no-unpack", "", "let a bzImage decompress itself"),
+    Option("--irqchip", "KIND", "kernel, split or none (default kernel)", default="kernel"),
+    Option("--cpu-feature", "+NAME", "force (+) or mask (-) a CPUID feature; repeatable", many=True),
+    Option("--hugepages", "", "back RAM with transparent huge pages"),
+    Option("--serial", "WHERE", "COM1, and repeated COM2 to COM4: stdio, file:PATH, pty or none", many=True),
+    Option("--debug-exit", "", "isa-debug-exit at port 0xf4: the guest's write ends the run with its code"),
+    Option("--testdev", "", "the PC test device of kernel test suites"),
+    Option("--timeout", "S", "stop after S seconds with status 124", convert=_seconds),
+    Option("--stats", "", "print exit statistics at the end"),
+    Option("--json", "", "print one JSON document with outcome and console instead of the console"),
+    Option(
+        "--log-level", "LEVEL", "debug, info, warning or error (default warning)", default="warning", convert=_level
+    ),
+    Option("--log-json", "", "log as JSON lines"),
+)
+
+PARSER = Parser(
+    "pykvm start [OPTION...] KERNEL",
+    "Boot KERNEL (flat image, ELF, multiboot, bzImage, vmlinux) in a virtual machine.",
+    OPTIONS,
+    positionals=1,
+    epilog=(
+        "On a terminal Ctrl-A x ends the machine and Ctrl-A c shows what else there is.\n"
+        "Exit status: 0 the guest powered off, reset or halted for good; (code << 1) | 1 for debug-exit;\n"
+        "2 wrong usage; 4 this host cannot run it; 6 the guest crashed; 124 timeout; 128 + N ended by signal N."
+    ),
+)
+
+
+class _Ended(BaseException):
+    """A signal asked pykvm to end. Not an Exception, so that nothing on the way swallows it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def run(argv: list[str]) -> int:
+    """Boot, wait, report; the exit status."""
+    try:
+        values, rest = PARSER.parse(argv)
+    except HelpWanted as wanted:
+        print(wanted)
+        return 0
+    log.configure(values["log_level"], json=values["log_json"])
+    boot, config = _configs(values, rest)
+    serial = _serial_plan(values["serial"], capture=values["json"])
+    from pykvm.board import Pc
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _on_signal)
+    try:
+        # Pc closes itself when its constructor fails
+        with Pc(
+            boot, config, serial_ports=len(serial), debug_exit=values["debug_exit"], testdev=values["testdev"]
+        ) as pc:
+            return _session(pc, serial, values)
+    except _Ended as ended:
+        return 128 + ended.number
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    raise _Ended(number)
+
+
+def _configs(values: dict[str, Any], rest: list[str]) -> tuple[BootConfig, MachineConfig]:
+    boot = BootConfig(
+        rest[0] if rest else None,
+        bios=values["bios"],
+        cmdline=values["append"],
+        initrd=values["initrd"],
+        modules=values["module"],
+        mode=values["mode"],
+        entry=values["entry"],
+        load_addr=values["load_addr"],
+        unpack=not values["no_unpack"],
+    )
+    config = MachineConfig(
+        memory=values["mem"],
+        cpus=values["cpus"],
+        irqchip=values["irqchip"],
+        hugepages=bool(values["hugepages"]),
+        cpu_features=",".join(values["cpu_feature"]),
+        stats=bool(values["stats"]),
+        firmware=values["bios"] is not None,
+    )
+    return boot, config
+
+
+def _serial_plan(wanted: list[str], *, capture: bool) -> list[str]:
+    plan = wanted or ["stdio"]
+    if len(plan) > 4:
+        raise UsageError("--serial: a PC has four serial ports")
+    if plan.count("stdio") > 1:
+        raise UsageError("--serial: only one port can be stdio")
+    for where in plan:
+        if where not in ("stdio", "pty", "none") and not where.startswith("file:"):
+            raise UsageError(f"--serial: {where!r} is none of stdio, file:PATH, pty, none")
+    return ["captured" if where == "stdio" and capture else where for where in plan]
+
+
+def _session(pc: Pc, plan: list[str], values: dict[str, Any]) -> int:
+    raw = RawMode(0)
+    ports: list[SerialPort] = []
+    try:
+        for index, where in enumerate(plan):
+            ports.append(open_serial(pc, index, where))
+        if "stdio" in plan:
+            raw.enter()
+        pc.start()
+        outcome = _wait(pc, values["timeout"])
+    except KeyboardInterrupt:
+        raise _Ended(signal.SIGINT) from None
+    finally:
+        pc.stop()
+        pc.console.flush()
+        for port in ports:
+            port.close()
+        raw.leave()
+    _report(pc, outcome, values)
+    return outcome.exit_status
+
+
+def _wait(pc: Pc, timeout: float | None) -> Outcome:
+    from pykvm.core.outcome import Outcome
+
+    outcome = pc.wait(timeout)
+    return outcome if outcome is not None else Outcome("TIMEOUT", detail=f"after {timeout:g} s")
+
+
+def _report(pc: Pc, outcome: Outcome, values: dict[str, Any]) -> None:
+    if values["json"]:
+        import json
+
+        print(json.dumps(_as_json(pc, outcome, values), indent=2))
+        return
+    if outcome.report is not None:
+        print(outcome.report.text(), file=sys.stderr)
+    elif outcome.exit_status and outcome.kind != "DEBUG_EXIT":
+        say(f"{outcome.kind}: {outcome.detail}")
+    if values["stats"]:
+        from pykvm.debug.stats import collect_stats
+
+        print(collect_stats(pc).text(), file=sys.stderr)
+
+
+def _as_json(pc: Pc, outcome: Outcome, values: dict[str, Any]) -> dict[str, object]:
+    from pykvm.debug.stats import collect_stats
+
+    document: dict[str, object] = {
+        "outcome": outcome.kind,
+        "code": outcome.code,
+        "detail": outcome.detail,
+        "vcpu": outcome.vcpu,
+        "exit_status": outcome.exit_status,
+        "protocol": pc.boot.protocol if pc.boot is not None else None,
+        "console": pc.console.text,
+    }
+    if outcome.report is not None:
+        document["report"] = outcome.report.as_dict()
+    if values["stats"]:
+        document["stats"] = collect_stats(pc).as_dict()
+    return document
