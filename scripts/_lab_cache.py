@@ -8,20 +8,15 @@ archive's signature, and unpacked with dpkg. Standard library only: this runs be
 from __future__ import annotations
 
 import fcntl
-import lzma
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from _lab_kernel import Cpio, LabError, Modules, read_module, unpack, unpack_kernel, unpack_vmlinux
 
 SUITE = "bookworm"
 MIRROR = "http://deb.debian.org/debian"
@@ -34,19 +29,7 @@ LAB_MODULES = {
     "modules/kvm": ("kvm-amd",),
     "modules/io": ("virtio_pci", "9pnet_virtio", "9p", "overlay", "virtio_console"),
 }
-
-# Folders of a kernel package that no test needs and that make up most of it.
-UNWANTED = (
-    "sound",
-    *(f"drivers/{name}" for name in ("gpu", "media", "infiniband", "staging", "iio", "scsi", "hwmon", "mtd", "usb")),
-    *(f"drivers/net/{name}" for name in ("ethernet", "wireless", "can", "dsa", "usb", "phy")),
-)
-
-SIGNATURE_MARK = b"~Module signature appended~\n"
-
-
-class LabError(Exception):
-    """The lab cannot be prepared; the message says what to do."""
+FORMAT = "2"  # of the cache folder: kept in its file "complete", anything else there is fetched anew
 
 
 def cache_folder() -> Path:
@@ -71,7 +54,7 @@ class Cache:
 
     @property
     def guest_modules(self) -> Path:
-        """The folder of its modules (lib/modules/VERSION)."""
+        """Its modules, as for an initramfs's lib/modules: VERSION/modules.dep and so on."""
         return self.guest / "modules"
 
     def lab_kernel(self) -> Path:
@@ -85,10 +68,10 @@ class Cache:
         with open(self.folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             complete = self.folder / "complete"
-            if refresh or not complete.exists():
+            if refresh or not complete.exists() or complete.read_text() != FORMAT:
                 complete.unlink(missing_ok=True)
                 self._fetch()
-                complete.touch()
+                complete.write_text(FORMAT)
             if not self.initramfs.exists() or self.initramfs.stat().st_mtime < max(
                 init.stat().st_mtime, Path(__file__).stat().st_mtime
             ):
@@ -116,7 +99,7 @@ class Cache:
         archive.add("init", 0o100755, init.read_bytes())
         archive.add("bin/busybox", 0o100755, self.busybox.read_bytes())
         for folder, names in LAB_MODULES.items():
-            for number, module in enumerate(module_order(self.lab / "modules", names)):
+            for number, module in enumerate(Modules(self.lab / "modules").order(*names)):
                 archive.add(f"{folder}/{number:02}-{module.name.split('.')[0]}.ko", 0o100644, read_module(module))
         temporary = self.initramfs.with_suffix(".tmp")
         temporary.write_bytes(archive.finish())
@@ -178,110 +161,3 @@ class PrivateApt:
         """Fetch the newest `package`; returns the .deb."""
         self._run("apt-get", "-q", "download", package)
         return next(self.folder.glob(f"{package}_*.deb"))
-
-
-def unpack(package: Path, place: Callable[[str], Path | None]) -> None:
-    """Write each regular file of a .deb to where `place` puts its path; None leaves it out."""
-    with (
-        subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE) as stream,
-        tarfile.open(fileobj=stream.stdout, mode="r|") as archive,
-    ):
-        for member in archive:
-            target = place(member.name) if member.isfile() else None
-            if target:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                source = archive.extractfile(member)
-                assert source is not None  # a regular file
-                target.write_bytes(source.read())
-    if stream.returncode:
-        raise LabError(f"dpkg-deb cannot read {package.name}")
-
-
-def unpack_kernel(package: Path, target: Path) -> None:
-    """Unpack a linux-image package into target/{vmlinuz,config,modules/...}, without UNWANTED folders."""
-
-    def place(name: str) -> Path | None:
-        if boot := re.search(r"/boot/(vmlinuz|config)-", name):
-            return target / boot.group(1)
-        module = re.search(r"/lib/modules/[^/]+/(?:kernel/)?(.*\.ko.*)", name)
-        if not module or module.group(1).startswith(UNWANTED):
-            return None
-        return target / "modules" / module.group(1)
-
-    shutil.rmtree(target, ignore_errors=True)
-    unpack(package, place)
-    if not (target / "vmlinuz").exists():
-        raise LabError(f"{package.name} holds no kernel")
-
-
-def unpack_vmlinux(bzimage: Path, vmlinux: Path) -> None:
-    """Take the ELF kernel out of a bzImage whose payload is xz (others are left as they are).
-
-    Setup header fields setup_sects, payload_offset and payload_length: Linux Documentation/arch/x86/boot.rst.
-    """
-    image = bzimage.read_bytes()
-    sectors = image[0x1F1] or 4
-    offset, length = struct.unpack_from("<II", image, 0x248)
-    start = (sectors + 1) * 512 + offset
-    payload = image[start : start + length]
-    if payload.startswith(b"\xfd7zXZ\0"):
-        vmlinux.write_bytes(lzma.LZMADecompressor().decompress(payload))
-
-
-def read_module(path: Path) -> bytes:
-    """A kernel module's ELF file; newer Debian releases compress them.
-
-    The mark at its end that announces a signature is cut off: to check them takes the emulated CPU a second.
-    """
-    content = path.read_bytes()
-    return (lzma.decompress(content) if path.suffix == ".xz" else content).removesuffix(SIGNATURE_MARK)
-
-
-def module_order(modules: Path, names: tuple[str, ...]) -> list[Path]:
-    """The files of the modules `names` and of all that they need, in an order in which insmod takes them.
-
-    The "depends=" entry of a module's .modinfo section lists the modules it needs, so depmod is not needed.
-    """
-    files = {path.name.split(".")[0].replace("-", "_"): path for path in modules.rglob("*.ko*")}
-    order: list[Path] = []
-
-    def visit(name: str) -> None:
-        path = files.get(name.replace("-", "_"))
-        if path is None:
-            raise LabError(f"the lab's kernel has no module {name}")
-        if path in order:
-            return
-        found = re.search(rb"\0depends=([^\0]*)\0", read_module(path))
-        for needed in found.group(1).decode().split(",") if found else ():
-            if needed:
-                visit(needed)
-        order.append(path)
-
-    for name in names:
-        visit(name)
-    return order
-
-
-class Cpio:
-    """A "newc" cpio archive, the format of an initramfs (Linux Documentation/driver-api/early-userspace)."""
-
-    def __init__(self) -> None:
-        self._out = bytearray()
-        self._inode = 0
-
-    def add(self, name: str, mode: int, content: bytes = b"", device: tuple[int, int] = (0, 0)) -> None:
-        """Append one entry; `mode` with the file type bits, `device` the numbers of a device node."""
-        self._inode += 1
-        fields = (self._inode, mode, 0, 0, 1, 0, len(content), 0, 0, *device, len(name) + 1, 0)
-        self._out += b"070701" + "".join(f"{field:08x}" for field in fields).encode() + name.encode() + b"\0"
-        self._pad()
-        self._out += content
-        self._pad()
-
-    def _pad(self) -> None:
-        self._out += bytes(-len(self._out) % 4)
-
-    def finish(self) -> bytes:
-        """The archive with its end mark."""
-        self.add("TRAILER!!!", 0)
-        return bytes(self._out)
