@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 
 from pykvm.boot import placement
-from pykvm.boot.elf import EM_X86_64, parse_elf, place_segments
+from pykvm.boot.elf import parse_elf, place_segments
 from pykvm.boot.image import Boot
 from pykvm.boot.linux import FOUR_GIB, enter_kernel, place_initrd, require_low_ram
 from pykvm.boot.rules import check_clear, encode_string, refuse_options
@@ -41,23 +41,6 @@ BOOT_AREA = (layout.BOOT_GDT, layout.CMDLINE + layout.CMDLINE_MAX + 1, "boot-tim
 # what arch/x86/boot/header.S gives every kernel; a vmlinux cannot say otherwise
 INITRD_LIMIT = 0x8000_0000
 COMMAND_LINE_SIZE = 2047
-
-
-def is_vmlinux(elf: Elf) -> bool:
-    """Whether `load_vmlinux` is the loader for this ELF file.
-
-    It is for a file with a PVH note, and for an x86-64 file built as Linux is: its segments are to run at other
-    addresses than they are loaded at, and its entry point is a physical address.
-    """
-    if pvh_entry(elf) is not None:
-        return True
-    loads = elf.loads()
-    return (
-        elf.machine == EM_X86_64
-        and any(each.vaddr != each.paddr for each in loads)
-        and any(each.paddr <= elf.entry < each.paddr + each.memsz for each in loads)
-        and not any(each.vaddr <= elf.entry < each.vaddr + each.memsz for each in loads)
-    )
 
 
 def pvh_entry(elf: Elf) -> int | None:

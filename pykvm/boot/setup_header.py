@@ -139,11 +139,6 @@ class SetupHeader:
         return self.initrd_addr_max + 1
 
 
-def is_linux(data: bytes) -> bool:
-    """Whether `data` starts as a Linux kernel image does."""
-    return data[MAGIC_AT : MAGIC_AT + 4] == MAGIC
-
-
 def encode_cmdline(image: ImageFile, cmdline: str, limit: int) -> bytes:
     """The command line with its NUL. ImageError if it has more than `limit` bytes before that."""
     encoded = encode_string(image, cmdline)

@@ -12,7 +12,7 @@ from kernels import MIB, field, make_elf, make_image, make_memory, make_note, ma
 
 from pykvm.boot.elf import parse_elf
 from pykvm.boot.image import E820_RAM, Boot, ImageFile, Module
-from pykvm.boot.pvh import is_vmlinux, load_vmlinux, pvh_entry
+from pykvm.boot.pvh import load_vmlinux, pvh_entry
 from pykvm.core.memory import GuestMemory
 from pykvm.errors import ImageError
 from pykvm.x86 import layout
@@ -192,30 +192,6 @@ def test_initrd_prefers_the_first_2_gib() -> None:
     assert field(memory.read(layout.ZERO_PAGE, 4096), "ramdisk_image") == (0x8000_0000 - len(INITRD.data)) & -4096
 
 
-# -- which ELF is a vmlinux ---------------------------------------------------------------------------------------
-
-HIGH = 0xFFFF_FFFF_8000_0000
-
-
-@pytest.mark.parametrize(
-    ("elf", "expected"),
-    [
-        (make_vmlinux(), True),
-        (make_vmlinux(notes=NOTES), True),
-        (make_vmlinux(notes=NOTES, bits=32), True),
-        (make_vmlinux(bits=32), False),
-        (make_elf([(MIB, MIB, b"x" * 99, 99)], MIB), False),
-        (make_elf([(MIB, HIGH + MIB, b"x" * 99, 99)], HIGH + MIB), False),
-        (make_elf([(MIB, MIB, b"x" * 99, 99), (2 * MIB, HIGH, b"y", 1)], MIB), False),
-        (make_elf([(MIB, HIGH, b"x" * 99, 99)], 5 * MIB), False),
-        (make_elf([], 0), False),
-    ],
-)
-def test_is_vmlinux(elf: bytes, expected: bool) -> None:
-    """A PVH note, or 64-bit segments linked high with a physical entry; not the usual freestanding kernels."""
-    assert is_vmlinux(parse_elf(make_image(elf))) is expected
-
-
 # -- hostile files ------------------------------------------------------------------------------------------------
 
 
@@ -251,7 +227,7 @@ def test_mutated_files_boot_or_are_refused(data: st.DataObject, seed: bytes) -> 
         image[at] = value
     memory = make_memory(32 * MIB)
     try:
-        is_vmlinux(parse_elf(make_image(bytes(image))))
+        pvh_entry(parse_elf(make_image(bytes(image))))
         boot = load_vmlinux(memory, make_image(bytes(image)), make_options(32 * MIB))
     except ImageError:
         return
