@@ -22,6 +22,7 @@ ENTRY = 16 * MIB + 0x123
 NOTES = make_note(b"Xen", 18, struct.pack("<Q", ENTRY))
 LINUX = make_note(b"Xen", 6, b"linux\0")
 INITRD = ImageFile("initrd", bytes(range(256)) * 40)
+HIGH = 0xFFFF_FFFF_8000_0000
 
 
 def load(data: bytes, **options: Any) -> tuple[GuestMemory, Boot]:
