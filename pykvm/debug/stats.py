@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pykvm.x86.msrs import name_of
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from pykvm.core.machine import Machine
+    from pykvm.core.vcpu import Vcpu
 
     Access = tuple[int, int]  # reads, writes
 
@@ -19,14 +20,13 @@ class ExitStats:
     reasons     exits by reason name (IO, MMIO, HLT, ...), those that C answered included
     ports       accesses by port: (reads, writes)
     mmio        accesses by guest physical address: (reads, writes)
-    msrs        accesses that reached user space, by MSR: (reads, writes)
     lost        accesses to further addresses, when there were too many different ones to count each
     guest_ns    time inside KVM_RUN, summed over vCPUs
     outside_ns  time between two KVM_RUNs, summed over vCPUs
     names       what is at an address: {("port", 0x3f8): "COM1", ("MMIO", 0xfee00000): ...}
     """
 
-    __slots__ = ("guest_ns", "lost", "mmio", "msrs", "names", "outside_ns", "ports", "reasons")
+    __slots__ = ("guest_ns", "lost", "mmio", "names", "outside_ns", "ports", "reasons")
 
     def __init__(
         self,
@@ -34,7 +34,6 @@ class ExitStats:
         reasons: Mapping[str, int] | None = None,
         ports: Mapping[int, Access] | None = None,
         mmio: Mapping[int, Access] | None = None,
-        msrs: Mapping[int, Access] | None = None,
         lost: int = 0,
         guest_ns: int = 0,
         outside_ns: int = 0,
@@ -43,7 +42,6 @@ class ExitStats:
         self.reasons = dict(reasons or {})
         self.ports = dict(ports or {})
         self.mmio = dict(mmio or {})
-        self.msrs = dict(msrs or {})
         self.lost = lost
         self.guest_ns = guest_ns
         self.outside_ns = outside_ns
@@ -53,7 +51,7 @@ class ExitStats:
         """Add the figures of another vCPU."""
         for reason, count in other.reasons.items():
             self.reasons[reason] = self.reasons.get(reason, 0) + count
-        for mine, theirs in ((self.ports, other.ports), (self.mmio, other.mmio), (self.msrs, other.msrs)):
+        for mine, theirs in ((self.ports, other.ports), (self.mmio, other.mmio)):
             for address, (reads, writes) in theirs.items():
                 old = mine.get(address, (0, 0))
                 mine[address] = (old[0] + reads, old[1] + writes)
@@ -89,7 +87,6 @@ class ExitStats:
             "reasons": dict(_ordered(self.reasons)),
             "ports": [self._access_dict("port", *each) for each in _by_count(self.ports)],
             "mmio": [self._access_dict("MMIO", *each) for each in _by_count(self.mmio)],
-            "msrs": [self._access_dict("MSR", *each) for each in _by_count(self.msrs)],
             "lost": self.lost,
             "guest_ns": self.guest_ns,
             "outside_ns": self.outside_ns,
@@ -102,16 +99,12 @@ class ExitStats:
         return {"address": hex(address), "name": self._name(space, address), "reads": reads, "writes": writes}
 
     def _name(self, space: str, address: int) -> str:
-        return name_of(address) if space == "MSR" else self.names.get((space, address), "")
+        return self.names.get((space, address), "")
 
     def text(self, rows: int = ROWS) -> str:
         """A table for people: reasons, then the `rows` busiest addresses of each kind, then the time."""
         lines = ["exits by reason", *_reason_rows(self.reasons, self.total)]
-        for title, space, table in (
-            ("ports", "port", self.ports),
-            ("MMIO", "MMIO", self.mmio),
-            ("MSRs", "MSR", self.msrs),
-        ):
+        for title, space, table in (("ports", "port", self.ports), ("MMIO", "MMIO", self.mmio)):
             if table:
                 lines += ["", *self._access_rows(title, space, table, rows)]
         if self.lost:
@@ -145,6 +138,35 @@ class ExitStats:
             f"  {self.exits_per_second:.0f} exits/s, {self.outside_ns_per_exit / 1000:.2f} us outside per exit"
         )
         return lines
+
+
+def collect_stats(machine: Machine) -> ExitStats:
+    """The figures of all vCPUs since the start or last reset; addresses and times only with config.stats."""
+    total = ExitStats()
+    for vcpu in machine.vcpus:
+        total.merge(_vcpu_stats(vcpu))
+    for space, table in ((machine.bus.ports, total.ports), (machine.bus.mmio, total.mmio)):
+        total.names |= {(space.name, address): space.describe(address) for address in table}
+    return total
+
+
+def _vcpu_stats(vcpu: Vcpu) -> ExitStats:
+    from pykvm._native import lib
+    from pykvm.kvm.exits import reason_name
+
+    state = vcpu.state
+    stats = ExitStats(
+        reasons={reason_name(reason): count for reason, count in vcpu.exit_counts().items()},
+        lost=state.stats_lost,
+        guest_ns=state.guest_ns,
+        outside_ns=state.outside_ns,
+    )
+    for slot in range(lib.PK_STAT_SLOTS if state.stats_enabled else 0):
+        entry = state.stats[slot]
+        if entry.reads or entry.writes:
+            table = stats.mmio if entry.mmio else stats.ports
+            table[entry.address] = (entry.reads, entry.writes)
+    return stats
 
 
 def _ordered(counts: Mapping[str, int]) -> list[tuple[str, int]]:
