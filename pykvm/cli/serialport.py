@@ -19,6 +19,12 @@ class SerialPort:
 
     def __init__(self) -> None:
         self._closers: list[Callable[[], object]] = []
+        self.output: Output | None = None
+
+    def hurry(self) -> None:
+        """The machine is about to stop: do not wait for a reader that stalls."""
+        if self.output is not None:
+            self.output.closing = True
 
     def add(self, closer: Callable[[], object]) -> None:
         """Run `closer` at the end."""
@@ -49,7 +55,7 @@ def _connect(pc: Pc, index: int, port: SerialPort, in_fd: int, out_fd: int | Non
         output = Output(out_fd)
         output.on_broken = pc.stop_soon  # as any program whose reader has gone
         pc.connect_serial(index, output.write)
-        port.add(lambda: setattr(output, "closing", True))
+        port.output = output
     keys = EscapeKeys(_commands(pc, index), lambda text: _show(out_fd, text)) if escape else None
     source = Input(pc.io, in_fd, pc.serial[index].receive, keys)
     pc.serial[index].on_rx_space = source.more
@@ -113,5 +119,5 @@ def _open_file(pc: Pc, index: int, port: SerialPort, path: str) -> None:
         raise UsageError(f"--serial file:{path}: {error.strerror}") from error
     output = Output(fd)
     port.add(lambda: os.close(fd))
-    port.add(lambda: setattr(output, "closing", True))
+    port.output = output
     pc.connect_serial(index, output.write)

@@ -177,6 +177,8 @@ def _session(pc: Pc, plan: list[str], values: dict[str, Any]) -> int:
     except KeyboardInterrupt:
         raise _Ended(signal.SIGINT) from None
     finally:
+        for port in ports:
+            port.hurry()
         pc.stop()
         pc.console.flush()
         for port in ports:

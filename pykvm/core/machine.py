@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from pykvm.core.memory import Slot
     from pykvm.kvm.vm import VmFd
 
-STOP_TIMEOUT_S = 1.0  # a vCPU leaves the guest in microseconds; longer means that a device's Python code hangs
+STOP_TIMEOUT_S = 5.0  # a vCPU leaves the guest in microseconds; longer means that a device's Python code hangs
 
 
 class Machine:
