@@ -55,11 +55,11 @@ class _SerialSink:
 class Pc(Machine):
     """A PC, with its boot image loaded.
 
-    >>> with Pc(BootConfig(kernel="hello.bin"), memory="16M") as pc:
+    >>> with Pc("hello.bin", memory="16M") as pc:
     ...     pc.run(timeout=5), pc.console.text
     (<Outcome HALTED>, 'Hello from real mode\\r\\n')
 
-    boot          what to boot; None leaves memory empty and vCPU 0 at the reset vector
+    boot          what to boot, or just the path of a kernel; None leaves memory empty and vCPU 0 at the reset vector
     serial_ports  how many of COM1 to COM4 exist; their output goes to `console`, see connect_serial
     debug_exit    isa-debug-exit at port 0xf4
     testdev       the PC test device that kernel test suites drive
@@ -70,7 +70,7 @@ class Pc(Machine):
 
     def __init__(
         self,
-        boot: BootConfig | None = None,
+        boot: BootConfig | str | None = None,
         config: MachineConfig | None = None,
         *,
         serial_ports: int = 1,
@@ -80,7 +80,7 @@ class Pc(Machine):
         **options: object,
     ) -> None:
         super().__init__(config, kvm=kvm, **options)
-        self.boot_config = boot
+        self.boot_config = BootConfig(boot) if isinstance(boot, str) else boot
         self.boot: Boot | None = None
         self.platform = Platform(
             range(self.config.cpus),
@@ -101,8 +101,8 @@ class Pc(Machine):
             self._attach_firmware_interface()
             if testdev:
                 self._attach_testdev()
-            if boot is not None and boot.bios is not None:
-                self._offer_to_firmware(boot)
+            if self.boot_config is not None and self.boot_config.bios is not None:
+                self._offer_to_firmware(self.boot_config)
             self.on_reset.append(self._load)
             self._load()
         except BaseException:

@@ -26,6 +26,10 @@ SIZE_SHIFT = lib.PK_KEY_SIZE_SHIFT
 PORT_SHIFT = lib.PK_KEY_PORT_SHIFT
 
 
+MASK64 = (1 << 64) - 1
+NO_HYPERCALL = -1000  # KVM_ENOSYS (<linux/kvm_para.h>)
+
+
 class Hooks:
     """What the machine's owner wants to handle himself; None means: the default of the exit table.
 
@@ -153,10 +157,25 @@ def describe_fatal(vcpu: Vcpu) -> str:
 
 
 def on_hypercall(vcpu: Vcpu, key: int) -> Outcome | None:
-    """A hypercall that KVM passes on."""
-    call, hook = vcpu.state.run.hypercall, vcpu.hooks.hypercall
-    call.ret = (1 << 64) - 1000 if hook is None else hook(vcpu, call.nr, tuple(call.args)) & ((1 << 64) - 1)
+    """A hypercall of KVM's own ABI that the owner asked for by KVM_CAP_EXIT_HYPERCALL (KVM_HC_MAP_GPA_RANGE)."""
+    call = vcpu.state.run.hypercall
+    call.ret = _answer_hypercall(vcpu, call.nr, tuple(call.args))
     return None
+
+
+def on_xen(vcpu: Vcpu, key: int) -> Outcome | None:
+    """Any VMCALL or VMMCALL of the guest, once `Machine.on_hypercall` has turned the interception on."""
+    exit_ = vcpu.state.run.xen
+    if exit_.type != lib.KVM_EXIT_XEN_HCALL:
+        return on_fatal(vcpu, key)
+    call = exit_.u.hcall
+    call.result = _answer_hypercall(vcpu, call.input, tuple(call.params))
+    return None
+
+
+def _answer_hypercall(vcpu: Vcpu, number: int, arguments: tuple[int, ...]) -> int:
+    hook = vcpu.hooks.hypercall
+    return (NO_HYPERCALL if hook is None else hook(vcpu, number, arguments)) & MASK64
 
 
 def on_rdmsr(vcpu: Vcpu, key: int) -> Outcome | None:
@@ -164,7 +183,7 @@ def on_rdmsr(vcpu: Vcpu, key: int) -> Outcome | None:
     msr, hook = vcpu.state.run.msr, vcpu.hooks.rdmsr
     value = None if hook is None else hook(vcpu, msr.index)
     msr.error = value is None
-    msr.data = (value or 0) & ((1 << 64) - 1)
+    msr.data = (value or 0) & MASK64
     return None
 
 
@@ -223,7 +242,7 @@ HANDLERS: dict[str, Handler] = {
     "DIRTY_RING_FULL": on_fatal,
     "AP_RESET_HOLD": on_fatal,
     "X86_BUS_LOCK": on_nothing,
-    "XEN": on_fatal,
+    "XEN": on_xen,
     "NOTIFY": on_fatal,
     "MEMORY_FAULT": on_fatal,
     "TDX": on_fatal,

@@ -10,6 +10,8 @@ from pykvm.errors import KvmError, MachineStateError, MissingCapability
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Self
+
     from pykvm._native import CData
 
 # What to do, where an errno of an ioctl has a known cause: (ioctl, errno) -> advice.
@@ -74,7 +76,7 @@ class Handle:
         if fd >= 0:
             os.close(fd)
 
-    def __enter__(self) -> Handle:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
