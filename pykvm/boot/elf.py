@@ -12,7 +12,7 @@ import struct
 
 from pykvm.boot.image import Boot
 from pykvm.boot.placement import fits, ram_ranges
-from pykvm.boot.rules import GDT_AREA, PAGE_TABLES, check_clear, check_entry, refuse_options
+from pykvm.boot.rules import GDT_AREA, PAGE_TABLES, check_backed, check_clear, check_entry, refuse_options
 from pykvm.x86.states import long_mode, protected_flat
 
 TYPE_CHECKING = False
@@ -42,9 +42,10 @@ _SHDR = {32: struct.Struct("<10I"), 64: struct.Struct("<IIQQQQIIQQ")}
 class ElfSegment:
     """One program header. Offsets and sizes are bytes as the file states them: not yet checked."""
 
-    __slots__ = ("align", "filesz", "flags", "memsz", "offset", "paddr", "type", "vaddr")
+    __slots__ = ("align", "filesz", "flags", "memsz", "offset", "only_headers", "paddr", "type", "vaddr")
 
     def __init__(self, fields: Sequence[int], bits: int) -> None:
+        self.only_headers = False
         if bits == 64:
             self.type, self.flags, self.offset, self.vaddr = fields[:4]
             self.paddr, self.filesz, self.memsz, self.align = fields[4:]
@@ -174,7 +175,10 @@ def _parse_segments(image: ImageFile, bits: int, phoff: int, phentsize: int, phn
     if end > len(image.data):
         raise image.error(f"truncated: the program headers end at {end:#x}, the file at {len(image.data):#x}")
     table = memoryview(image.data)[phoff:end]
-    return [ElfSegment(fields, bits) for fields in phdr.iter_unpack(table)]
+    segments = [ElfSegment(fields, bits) for fields in phdr.iter_unpack(table)]
+    for each in segments:
+        each.only_headers = each.offset == 0 and each.filesz == each.memsz <= end
+    return segments
 
 
 def _parse_notes(image: ImageFile, segment: ElfSegment) -> list[ElfNote]:
@@ -201,9 +205,13 @@ def _align(value: int, alignment: int) -> int:
     return (value + alignment - 1) & -alignment
 
 
-def check_segments(image: ImageFile, elf: Elf) -> list[ElfSegment]:
-    """`elf.loads()`, each of them sane in itself and overlapping no other; else ImageError."""
-    loads = elf.loads()
+def check_segments(image: ImageFile, elf: Elf, ram: Sequence[tuple[int, int]]) -> list[ElfSegment]:
+    """`elf.loads()`, each of them sane in itself and overlapping no other; else ImageError.
+
+    GNU ld puts the file's own headers into a segment in front of -Ttext, for a kernel at 1 MiB onto the BIOS area.
+    No kernel misses them there: such a segment is left out if it does not lie in `ram`.
+    """
+    loads = [each for each in elf.loads() if not each.only_headers or fits(ram, each.paddr, each.paddr + each.memsz)]
     if not loads:
         raise image.error("has no loadable segment")
     end_of_last = 0
@@ -229,7 +237,7 @@ def place_segments(
     Returns the [start, end) GPAs, ascending. ImageError if a segment is malformed, overlaps another or lies
     outside the RAM that `e820` names (without one: outside guest memory); then nothing was written.
     """
-    return copy_segments(memory, image, check_segments(image, elf), e820)
+    return copy_segments(memory, image, check_segments(image, elf, ram_ranges(memory, e820)), e820)
 
 
 def copy_segments(
@@ -275,9 +283,11 @@ def load_elf(memory: GuestMemory, image: ImageFile, options: BootOptions) -> Boo
     if any(each.type == PT_INTERP for each in elf.segments):
         raise image.error("is a dynamically linked program, not a kernel")
     refuse_options(image, options, "a plain ELF file", "cmdline", "initrd", "modules", "load_addr")
-    segments = check_segments(image, elf)
+    segments = check_segments(image, elf, ram_ranges(memory, options.e820))
     occupied = [(each.paddr, each.paddr + each.memsz) for each in segments]
-    check_clear(image, occupied, (GDT_AREA, PAGE_TABLES) if elf.bits == 64 else (GDT_AREA,))
+    structures = (GDT_AREA, PAGE_TABLES) if elf.bits == 64 else (GDT_AREA,)
+    check_backed(memory, image, structures)
+    check_clear(image, occupied, structures)
     entry = elf.physical_entry() if options.entry is None else options.entry
     check_entry(memory, image, entry)
     copy_segments(memory, image, segments, options.e820)

@@ -9,7 +9,7 @@ long        1 MiB, or load_addr             RIP = entry or the load address; fir
 from __future__ import annotations
 
 from pykvm.boot.image import Boot
-from pykvm.boot.rules import GDT_AREA, PAGE_TABLES, check_clear, check_entry, check_ram, refuse_options
+from pykvm.boot.rules import GDT_AREA, PAGE_TABLES, check_backed, check_clear, check_entry, check_ram, refuse_options
 from pykvm.errors import ConfigError
 from pykvm.x86 import layout
 from pykvm.x86.states import long_mode, protected_flat, real_mode
@@ -45,7 +45,9 @@ def load_flat(memory: GuestMemory, image: ImageFile, options: BootOptions) -> Bo
     else:
         entry = base if options.entry is None else options.entry
         check_entry(memory, image, entry)
-        check_clear(image, [span], (GDT_AREA, PAGE_TABLES) if mode == "long" else (GDT_AREA,))
+        structures = (GDT_AREA, PAGE_TABLES) if mode == "long" else (GDT_AREA,)
+        check_backed(memory, image, structures)
+        check_clear(image, [span], structures)
         state = (long_mode if mode == "long" else protected_flat)(memory, entry)
     memory.write(base, image.data)
     return Boot(f"flat-{mode}", image.path, entry, state)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pykvm.boot.elf import PT_LOAD, SHT_NOBITS, ElfSegment, check_segments, copy_segments, parse_elf
 from pykvm.boot.image import E820_RAM, E820_RESERVED, Module
 from pykvm.boot.placement import ram_ranges
-from pykvm.boot.rules import GDT_AREA, check_clear
+from pykvm.boot.rules import GDT_AREA, check_backed, check_clear
 from pykvm.x86 import layout
 
 TYPE_CHECKING = False
@@ -49,13 +49,13 @@ class Payload:
         return max(each.paddr + each.memsz for each in self.segments)
 
 
-def elf_payload(image: ImageFile, entry: int | None = None) -> Payload:
+def elf_payload(memory: GuestMemory, image: ImageFile, options: BootOptions, entry: int | None = None) -> Payload:
     """The image by its ELF program headers; `entry` overrides the header's.
 
     ELF64 is accepted as GRUB accepts it: the entry is 32-bit code below 4 GiB, and so is every segment.
     """
     elf = parse_elf(image)
-    segments = check_segments(image, elf)
+    segments = check_segments(image, elf, ram_ranges(memory, options.e820))
     if segments[-1].paddr + segments[-1].memsz > _4GIB:
         raise image.error("has a segment above 4 GiB, which a multiboot loader cannot fill")
     return Payload(segments, elf.physical_entry() if entry is None else entry, elf)
@@ -89,6 +89,7 @@ def place_payload(
 ) -> list[Range]:
     """Copy the payload, moved up by `shift`, into RAM that holds nothing else; returns what it occupies."""
     ranges = [(each.paddr + shift, each.paddr + each.memsz + shift) for each in payload.segments]
+    check_backed(memory, image, (GDT_AREA, INFO_AREA))
     check_clear(image, ranges, (GDT_AREA, INFO_AREA))
     return copy_segments(memory, image, payload.segments, options.e820, shift=shift)
 

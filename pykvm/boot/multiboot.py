@@ -76,7 +76,7 @@ def load_multiboot(memory: GuestMemory, image: ImageFile, options: BootOptions) 
     if header is None:
         raise image.error("has no multiboot header in its first 8 KiB")
     refuse_options(image, options, "a multiboot kernel", "load_addr", "mode")
-    payload = _payload(image, header)
+    payload = _payload(memory, image, options, header)
     if options.entry is not None:
         payload.entry = options.entry
     check_entry(memory, image, payload.entry)
@@ -95,13 +95,13 @@ def load_multiboot(memory: GuestMemory, image: ImageFile, options: BootOptions) 
     return Boot("multiboot", image.path, payload.entry, state)
 
 
-def _payload(image: ImageFile, header: int) -> Payload:
+def _payload(memory: GuestMemory, image: ImageFile, options: BootOptions, header: int) -> Payload:
     flags = struct.unpack_from("<I", image.data, header + 4)[0]
     unknown = flags & _REQUIRED & ~_UNDERSTOOD
     if unknown:
         raise image.error(f"its multiboot header requires unknown features (flags {unknown:#x})")
     if not flags & HAVE_ADDRESSES:
-        return elf_payload(image)
+        return elf_payload(memory, image, options)
     if header + 32 > min(len(image.data), SEARCH):
         raise image.error("truncated multiboot header: its addresses are not in the first 8 KiB of the file")
     fields = struct.unpack_from("<5I", image.data, header + 12)

@@ -98,7 +98,7 @@ def load_multiboot2(memory: GuestMemory, image: ImageFile, options: BootOptions)
     refuse_options(image, options, "a multiboot 2 kernel", "load_addr", "mode")
     header = parse_header(image, at)
     rsdp_tags = _rsdp_tags(memory, options)
-    payload = _payload(image, header)
+    payload = _payload(memory, image, options, header)
     _check_requests(image, header, payload, [kind for kind, _ in rsdp_tags])
     base = _choose_base(memory, image, options, header, payload)
     shift = base - payload.start
@@ -175,9 +175,9 @@ def _check_requests(image: ImageFile, header: Header, payload: Payload, rsdp_tag
         raise image.error(f"requires multiboot 2 information that this machine has not: tags {missing}")
 
 
-def _payload(image: ImageFile, header: Header) -> Payload:
+def _payload(memory: GuestMemory, image: ImageFile, options: BootOptions, header: Header) -> Payload:
     if header.address is None:
-        return elf_payload(image, header.entry)
+        return elf_payload(memory, image, options, header.entry)
     header_addr, load_addr, load_end, bss_end = header.address
     if header.entry is None:
         raise image.error("its multiboot 2 header has an address tag without an entry address tag")

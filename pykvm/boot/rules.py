@@ -54,6 +54,13 @@ def check_clear(image: ImageFile, occupied: Iterable[Range], structures: Iterabl
             raise image.error(f"occupies [{start:#x}, {end:#x}), which holds {what}")
 
 
+def check_backed(memory: GuestMemory, image: ImageFile, structures: Iterable[tuple[int, int, str]]) -> None:
+    """ImageError unless the guest has memory where the boot-time `structures` go."""
+    for start, end, what in structures:
+        if not memory.contains(start, end - start):
+            raise image.error(f"cannot be started without memory at [{start:#x}, {end:#x}) for {what}")
+
+
 def check_entry(memory: GuestMemory, image: ImageFile, entry: int) -> None:
     """ImageError unless `entry` is in guest memory and below 4 GiB, where every boot state can reach it."""
     if not 0 <= entry < 1 << 32:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pykvm.boot.elf import load_elf, parse_elf, place_segments
 from pykvm.boot.image import Boot, ImageFile
+from pykvm.core.memory import GuestMemory
 from pykvm.errors import ImageError
 from pykvm.x86 import layout
 from pykvm.x86.guest_checks import check_guest_state
@@ -179,6 +180,30 @@ def test_options_without_a_meaning_are_refused(extra: dict[str, object]) -> None
     """A plain ELF kernel could not find its command line or initrd: better an error than silence."""
     with guest_ram() as memory, pytest.raises(ImageError, match="which takes no"):
         load_elf(memory, file(elf(64, GOOD)), options(**extra))
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_the_headers_of_the_file_need_no_ram(bits: int) -> None:
+    """What `ld -Ttext 0x100000` makes: a segment with the file's headers at 0xff000, where no RAM is, is left out."""
+    headers = Segment(MIB - 4096, b"", offset=0, filesz=0x74, memsz=0x74)
+    with guest_ram() as memory:
+        load_elf(memory, file(elf(bits, [headers, *GOOD])), options())
+        assert not any(memory.read(MIB - 4096, 4096))
+        assert memory.read(MIB, 5) == CODE
+        load_elf(memory, file(data := elf(bits, [headers, *GOOD])), options(e820=()))
+        assert memory.read(MIB - 4096, 0x74) == data[:0x74]
+        more = Segment(MIB - 4096, b"", offset=0, filesz=0x174, memsz=0x174)
+        with pytest.raises(ImageError, match="is not all RAM"):
+            load_elf(memory, file(elf(bits, [more, *GOOD], prefix=bytes(0x200))), options())
+
+
+def test_a_machine_without_low_memory_is_refused() -> None:
+    """Without memory for the boot-time tables there is no start, and no other exception than ImageError."""
+    memory = GuestMemory()
+    memory.add(MIB, 4 * MIB)
+    with pytest.raises(ImageError, match="cannot be started without memory at"):
+        load_elf(memory, file(elf(64, GOOD)), options(e820=()))
+    memory.close()
 
 
 def test_the_end_of_memory_is_usable() -> None:

@@ -272,6 +272,16 @@ def test_bad_files_are_refused_with_a_reason(name: str, data: bytes, reason: str
         assert memory.read(0, 16 * MIB).count(0x5A) == 16 * MIB
 
 
+def test_a_machine_without_room_for_the_information_is_refused() -> None:
+    """A raw kernel may fit in 64 KiB of memory, the multiboot information does not."""
+    memory = GuestMemory()
+    memory.add(0, 0x10000)
+    data = raw(header_addr=0x2000, load_addr=0x2000, entry=0x2020)
+    with pytest.raises(ImageError, match=r"without memory at .* for the multiboot information"):
+        load_multiboot(memory, file(data), options(e820=()))
+    memory.close()
+
+
 def test_too_long_strings_are_refused() -> None:
     """All strings and tables share 64 KiB."""
     with guest_ram() as memory, pytest.raises(ImageError, match="exceed 64 KiB"):
