@@ -14,7 +14,6 @@ from __future__ import annotations
 import struct
 
 from pykvm.x86 import layout
-from pykvm.x86.paging import build_identity_map
 from pykvm.x86.segments import (
     CR0_CD,
     CR0_ET,
@@ -75,6 +74,8 @@ def protected_flat(memory: Writable, entry: int, *, stack: int = layout.BOOT_STA
 
 def long_mode(memory: Writable, entry: int, *, stack: int = layout.BOOT_STACK_TOP) -> CpuState:
     """64-bit mode, the first 4 GiB mapped to themselves, interrupts off, RIP = `entry`; SSE is off."""
+    from pykvm.x86.paging import build_identity_map  # real and protected mode do without
+
     state = _flat(entry, stack)
     state.cs.l = 1
     state.cr0 = CR0_PE | CR0_ET | CR0_PG
