@@ -12,7 +12,7 @@ Guest physical map:
     ...          RAM up to the PCI hole
     0xc000_0000  PCI hole: MMIO
     0xfec0_0000  IOAPIC;  0xfee0_0000 local APIC
-    0xfffb_c000  KVM's identity map page, then 3 pages of its TSS (VMX without unrestricted guest)
+    0xfeff_c000  KVM's identity map page, then 3 pages of its TSS (VMX without unrestricted guest)
     4 GiB - n    firmware
     0x1_0000_0000  the rest of RAM
 """
@@ -56,8 +56,8 @@ IOAPIC = 0xFEC0_0000
 LAPIC = 0xFEE0_0000
 TESTDEV_MMIO = 0xFF00_0000  # kvm-unit-tests' pci-less iomem window, 64 KiB
 TESTDEV_MMIO_SIZE = 0x10000
-IDENTITY_MAP = 0xFFFB_C000  # KVM_SET_IDENTITY_MAP_ADDR: one page below the TSS
-KVM_TSS = 0xFFFB_D000  # KVM_SET_TSS_ADDR: three pages, under a 256 KiB firmware at 0xfffc_0000
+IDENTITY_MAP = 0xFEFF_C000  # KVM_SET_IDENTITY_MAP_ADDR: one page, clear of any firmware (as QEMU has it)
+KVM_TSS = 0xFEFF_D000  # KVM_SET_TSS_ADDR: three pages
 FIRMWARE_TOP = 0x1_0000_0000
 RESET_VECTOR = 0xFFFF_FFF0
 MAX_FIRMWARE_SIZE = 16 * MIB  # OVMF is 4 MiB, some coreboot images are 16
