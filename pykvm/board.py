@@ -27,7 +27,7 @@ from pykvm.x86.platform import Platform
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from pykvm.core.console import Console
     from pykvm.core.device import Device
@@ -117,9 +117,20 @@ class Pc(Machine):
     def _attach_interrupts(self) -> None:
         if self.config.irqchip != "split":
             return
-        from pykvm.core.splitirq import attach_ioapic
+        from pykvm.devices.ioapic import IoApic
 
-        attach_ioapic(self)
+        ioapic = IoApic(self._send_msi, self._route_pins)
+        self.attach(ioapic, mmio=range(layout.IOAPIC, layout.IOAPIC + layout.IOAPIC_SIZE))
+        self.irqs.use_ioapic(ioapic.set_irq)
+        self.hooks.ioapic_eoi = ioapic.eoi
+
+    def _send_msi(self, address: int, data: int) -> None:
+        self.vm.signal_msi(address, data)  # one that no local APIC takes is lost, as on a real bus
+
+    def _route_pins(self, routes: Sequence[tuple[int, int] | None]) -> None:
+        """Tell KVM which message each IOAPIC pin sends: its local APICs report the EOIs of those vectors."""
+        table = [(pin, msi[0] & 0xFFFFFFFF, msi[0] >> 32, msi[1]) for pin, msi in enumerate(routes) if msi is not None]
+        self.vm.set_gsi_routing(table)
 
     def _attach_serial(self, count: int) -> None:
         for index in range(count):

@@ -192,10 +192,15 @@ class VmFd(Handle):
         self.ioctl("KVM_IOEVENTFD", request)
 
     def signal_msi(self, address: int, data: int) -> bool:
-        """KVM_SIGNAL_MSI (4.70): whether an APIC took it."""
+        """KVM_SIGNAL_MSI (4.70): whether a local APIC took it."""
         request = ffi.new("struct kvm_msi *")
         request.address_lo, request.address_hi, request.data = address & 0xFFFFFFFF, address >> 32, data
-        return self.ioctl("KVM_SIGNAL_MSI", request) > 0
+        try:
+            return self.ioctl("KVM_SIGNAL_MSI", request) > 0
+        except KvmError as error:
+            if error.errno == errno.EPERM:  # -1 from the kernel: no local APIC has this destination
+                return False
+            raise
 
     def register_coalesced(self, address: int, size: int, *, port: bool = False) -> None:
         """KVM_REGISTER_COALESCED_MMIO (4.116): writes to the zone are batched in the ring."""
