@@ -32,7 +32,6 @@ __attribute__((interrupt)) static void on_serial(struct frame *frame) {
 int main(uint32_t magic, uintptr_t info) {
     (void)magic, (void)info;
     serial_init();
-    interrupts_init();
     set_gate(IRQ_BASE + SERIAL_IRQ, on_serial);
     pic_init(1 << SERIAL_IRQ);
     print("echo: ready\n");

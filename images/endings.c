@@ -1,5 +1,4 @@
-/* Ends in the way that ending=NAME asks for, after the line "ending: NAME". Other options: code= for
- * debug-exit. */
+/* Ends in the way that ending=NAME asks for, after the line "ending: NAME". More options: code=0 slp=0. */
 #include "guest.h"
 
 enum { I8042_COMMAND = 0x64, FAST_A20 = 0x92, RESET_CONTROL = 0xcf9, PVPANIC = 0x505, PM1A_CONTROL = 0x604 };
@@ -20,7 +19,7 @@ static volatile uint8_t *unmapped(void) { return (volatile uint8_t *)0x800000000
 static void do_debug_exit(void) { debug_exit((int)option_number(cmdline, "code", 0)); }
 
 static void do_power_off(void) { /* slp= because machines differ in what they call S5 */
-    outw(PM1A_CONTROL, (uint16_t)(SLP_EN | option_number(cmdline, "slp", 5) << SLP_TYP_SHIFT));
+    outw(PM1A_CONTROL, (uint16_t)(SLP_EN | option_number(cmdline, "slp", 0) << SLP_TYP_SHIFT));
 }
 
 static void do_i8042_reset(void) { outb(I8042_COMMAND, 0xfe); }
@@ -39,24 +38,19 @@ static void do_triple_fault(void) {
     (void)*unmapped();
 }
 
-static void do_exception(void) {
-    interrupts_init();
-    (void)*unmapped();
-}
+static void do_exception(void) { (void)*unmapped(); }
 
 static void do_fetch_from_nowhere(void) { /* no instruction to emulate: KVM gives up on every host */
     __asm__ volatile("jmp *%0" ::"r"(0xfd000000ul));
 }
 
 static void do_halt_if(void) { /* interrupts on, but every source masked: nothing can come */
-    interrupts_init();
     pic_init(0);
     for (;;)
         sti_hlt_cli();
 }
 
 static void do_halt_serial(void) { /* as do_halt_if, but a byte on COM1 wakes it */
-    interrupts_init();
     set_gate(IRQ_BASE + SERIAL_IRQ, on_serial);
     pic_init(1 << SERIAL_IRQ);
     outb(COM1 + IER, IER_RX);

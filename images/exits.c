@@ -107,7 +107,6 @@ int main(uint32_t magic, uintptr_t info) {
     const char *cmdline = boot_cmdline(magic, info);
     uint16_t port = (uint16_t)option_number(cmdline, "port", 0x5000);
     serial_init();
-    interrupts_init();
     set_gate(GENERAL_PROTECTION, on_general_protection);
     pio(port);
     string_io1(port);

@@ -45,7 +45,6 @@ static bool faulted(uint64_t count, unsigned index, uint64_t error) {
 int main(uint32_t magic, uintptr_t info) {
     (void)magic, (void)info;
     serial_init();
-    interrupts_init();
     set_gate(PAGE_FAULT, on_page_fault);
     root[0] = pml4[0];
     root[1] = (uintptr_t)pdpt | PRESENT | WRITABLE;

@@ -50,7 +50,6 @@ int main(uint32_t magic, uintptr_t info) {
         print("timer: hz must be at least 20 (a 16-bit divisor) and ticks at least 1\n");
         return 0x7e;
     }
-    interrupts_init();
     set_gate(IRQ_BASE + 0, on_pit);
     set_gate(TIMER_VECTOR, on_lapic_timer);
     lapic_write(LAPIC_DIVIDE, DIVIDE_BY_16);

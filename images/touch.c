@@ -4,8 +4,9 @@
  * debug-exit 0.
  */
 #include "guest.h"
+#include "multiboot.h"
 
-enum { MIB = 1 << 20, LIMIT_MIB = 3072 }; /* where the machine's devices begin */
+enum { KIB = 1 << 10, MIB = 1 << 20 };
 
 static uint64_t start, end, passes, value;
 
@@ -21,11 +22,12 @@ static void touch(void) {
 int main(uint32_t magic, uintptr_t info) {
     const char *cmdline = boot_cmdline(magic, info);
     uint64_t first = option_number(cmdline, "start", 16), mib = option_number(cmdline, "mib", 64);
+    uint64_t limit = 1 + ((const struct mb1_info *)info)->mem_upper / KIB; /* of the RAM from 1 MiB on */
     passes = option_number(cmdline, "passes", 1);
     value = option_number(cmdline, "value", 0);
     serial_init();
-    if (first < 2 || first > LIMIT_MIB || mib > LIMIT_MIB - first) {
-        print("touch: only from 2 to %u MiB\n", LIMIT_MIB);
+    if (first < 2 || first > limit || mib > limit - first) {
+        print("touch: only from 2 to %lu MiB\n", limit);
         return 0x7e;
     }
     start = first * MIB;

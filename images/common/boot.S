@@ -39,23 +39,36 @@ start64:
     movl %eax, %es
     movl %eax, %ss
     movl $boot_stack_top, %esp
+    movl $exception_stack_top, tss + TSS_RSP0
+    movw $TSS_IO_MAP, tss + TSS_IO_MAP_BASE     /* every port open: its bits are zero */
+    movb $0xff, tss + TSS_LIMIT                 /* the byte after the map, SDM vol. 1, 19.5.2 */
+    movl $KERNEL_TSS, %eax
+    ltr %ax
     xorl %ebp, %ebp
+    pushq %rdi
+    pushq %rsi
+    call interrupts_init
+    popq %rsi
+    popq %rdi
     call main
     movl %eax, %edi
     call debug_exit
 
-/* enter_user(function): call it in ring 3 with IOPL 3, so that it may do port I/O itself. It must not return. */
+/*
+ * enter_user(function): call it in ring 3, where it may do port I/O by the TSS's permission map; not by IOPL, which is
+ * lost on hosts that run ring 3 on their own ring 3. It must not return.
+ */
     .text
     .globl enter_user
 enter_user:
     pushq $USER_DS
     pushq $(boot_stack_top - 8)     /* as after a call: 16 n + 8 */
-    pushq $RFLAGS_IOPL3
+    pushq $RFLAGS_FIXED
     pushq $USER_CS
     pushq %rdi
     iretq
 
-    .section .rodata
+    .data
     .globl gdt
     .balign 8
 gdt:
@@ -65,12 +78,12 @@ gdt:
     .quad 0x00cf93000000ffff        /* 0x18 data, ring 0 */
     .quad 0x00cff3000000ffff        /* 0x20 data, ring 3: before the code, as SYSRET wants it */
     .quad 0x00affb000000ffff        /* 0x28 64-bit code, ring 3 */
+    .quad tss_descriptor, 0         /* 0x30 TSS; guest.ld puts the address of the tss in */
 gdt_pointer:
     .word GDT_SIZE - 1
     .quad gdt
 
 /* Identity map of 4 GiB in 2 MiB pages, all of it open to ring 3. */
-    .data
     .balign 4096
     .globl pml4
 pml4:
@@ -90,5 +103,10 @@ pd:
     .balign 16
     .skip 16384
 boot_stack_top:
+    .skip 4096
+exception_stack_top:
+    .globl tss
+tss:
+    .skip TSS_LIMIT + 1
 
     .section .note.GNU-stack, "", @progbits

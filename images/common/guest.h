@@ -14,14 +14,21 @@
 #define CR4_PAE (1 << 5)
 #define MSR_EFER 0xc0000080
 #define EFER_LME (1 << 8)
-#define RFLAGS_IOPL3 0x3002
+#define RFLAGS_FIXED 0x2
 
 #define KERNEL_CS32 0x08
 #define KERNEL_CS 0x10
 #define KERNEL_DS 0x18
 #define USER_DS 0x23
 #define USER_CS 0x2b
-#define GDT_SIZE 0x30
+#define KERNEL_TSS 0x30
+#define GDT_SIZE 0x40
+
+/* 64-bit TSS with a permission map for all ports */
+#define TSS_RSP0 0x04
+#define TSS_IO_MAP_BASE 0x66
+#define TSS_IO_MAP 0x68
+#define TSS_LIMIT 0x2068
 
 #ifndef __ASSEMBLER__
 #include <stdarg.h>
@@ -112,7 +119,8 @@ uint64_t option_number(const char *cmdline, const char *name, uint64_t otherwise
 struct frame {
     uint64_t rip, cs, rflags, rsp, ss;
 };
-void interrupts_init(void); /* IDT that reports every exception and ends with debug-exit 0x7f */
+void interrupts_init(
+    void); /* IDT that reports every exception and ends with debug-exit 0x7f; main finds it set */
 void set_gate(unsigned vector, const void *handler);
 void pic_init(uint16_t enabled); /* IRQ n at vector 0x20 + n; a bit of `enabled` per IRQ */
 void pic_eoi(unsigned irq);
