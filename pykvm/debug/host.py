@@ -29,14 +29,14 @@ class Backend:
 _MODULES = {"kvm_intel": "vmx", "kvm_amd": "svm", "kvm_pvm": "pvm"}
 
 
-def read_line(path: str) -> str | None:
-    """The first 4 KiB of a small file, stripped; None if it cannot be read."""
+def read_line(path: str, limit: int = 4096) -> str | None:
+    """The first `limit` bytes of a small file, stripped; None if it cannot be read."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
         return None
     try:
-        return os.read(fd, 4096).decode("ascii", "replace").strip()
+        return os.read(fd, limit).decode("ascii", "replace").strip()
     except OSError:
         return None
     finally:
