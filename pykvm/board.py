@@ -138,7 +138,8 @@ class Pc(Machine):
             port = layout.SERIAL_PORTS[index]
             fast = FastUart(self, port + THR, port + LSR, LSR_IDLE) if self.config.c_actions else None
             irq = self.irq_line(layout.SERIAL_IRQS[index])
-            serial = Serial(irq, sink.write, fast=fast, name=f"COM{index + 1}")
+            # kernels that know only emulators (xv6) never set OUT2, and QEMU has no such gate either
+            serial = Serial(irq, sink.write, fast=fast, name=f"COM{index + 1}", out2_gates_irq=False)
             if fast is not None:
                 fast.on_bytes(serial.flush)
             self.console.flushers.append(serial.flush)

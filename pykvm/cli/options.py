@@ -42,7 +42,7 @@ class Option:
         return self.name.removeprefix("--").replace("-", "_")
 
 
-class HelpWanted(Exception):  # noqa: N818 - asking for help is no error
+class HelpWanted(Exception):
     """--help was given; the text is its argument."""
 
 

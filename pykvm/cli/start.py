@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import sys
+
+# `signal` itself would import enum
+from _signal import SIGHUP, SIGINT, SIGTERM, signal  # type: ignore[import-not-found]
 
 from pykvm import log
 from pykvm.cli.options import HelpWanted, Option, Parser
@@ -112,8 +114,8 @@ def run(argv: list[str]) -> int:
     serial = _serial_plan(values["serial"], capture=values["json"])
     from pykvm.board import Pc
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _on_signal)
+    for number in (SIGTERM, SIGHUP):
+        signal(number, _on_signal)
     try:
         # Pc closes itself when its constructor fails
         with Pc(
@@ -175,7 +177,7 @@ def _session(pc: Pc, plan: list[str], values: dict[str, Any]) -> int:
         pc.start()
         outcome = _wait(pc, values["timeout"])
     except KeyboardInterrupt:
-        raise _Ended(signal.SIGINT) from None
+        raise _Ended(SIGINT) from None
     finally:
         for port in ports:
             port.hurry()

@@ -6,10 +6,10 @@ Started when first needed. Callbacks run on the thread, one at a time; one that 
 
 from __future__ import annotations
 
-import heapq
 import os
 import select
 import threading
+from bisect import insort
 from time import monotonic
 
 from pykvm._native import lib
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     Callback = Callable[[], object]
+
+
+MANY_TIMERS = 64
 
 
 class Timer:
@@ -40,7 +43,7 @@ class Timer:
 
 
 class IoThread:
-    """epoll over file descriptors, a heap of timers, a list of calls to make soon."""
+    """epoll over file descriptors, a sorted list of timers (they are few), a list of calls to make soon."""
 
     def __init__(self, name: str, on_error: Callable[[BaseException], None]) -> None:
         self._name = name
@@ -67,7 +70,9 @@ class IoThread:
         """Run `callback` on the I/O thread after `delay_s` seconds."""
         timer = Timer(monotonic() + delay_s, callback)
         with self._lock:
-            heapq.heappush(self._timers, timer)
+            if len(self._timers) > MANY_TIMERS:  # a guest that moves an alarm all the time leaves cancelled ones behind
+                self._timers = [each for each in self._timers if not each.cancelled]
+            insort(self._timers, timer)
             first = self._timers[0] is timer
             self._start()
         if first:
@@ -142,7 +147,7 @@ class IoThread:
         with self._lock:
             ready, self._soon = self._soon, []
             while self._timers and self._timers[0].due <= now:
-                timer = heapq.heappop(self._timers)
+                timer = self._timers.pop(0)
                 if not timer.cancelled:
                     ready.append(timer.callback)
         return ready

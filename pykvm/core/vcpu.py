@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import threading
-from queue import SimpleQueue
+from _queue import SimpleQueue  # what `queue` re-exports, without heapq and the rest of it
 
 from pykvm._native import ffi, lib
 from pykvm.core.exits import (
