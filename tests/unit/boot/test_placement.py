@@ -95,11 +95,7 @@ def test_highest_fit_equals_trying_every_address(
     ranges: list[tuple[int, int]], used: list[tuple[int, int]], size: int, align: int, limit: int
 ) -> None:
     """The answer is what a search over all addresses finds."""
-    free = {a for low, high in ranges for a in range(low, high)} - {
-        a for low, high in used for a in range(low, high)
-    }
+    free = {a for low, high in ranges for a in range(low, high)} - {a for low, high in used for a in range(low, high)}
     need = max(size, 1)
-    fitting = [
-        at for at in range(0, 65, align) if at + need <= limit and all(at + i in free for i in range(need))
-    ]
+    fitting = [at for at in range(0, 65, align) if at + need <= limit and all(at + i in free for i in range(need))]
     assert highest_fit(ranges, used, size, align=align, limit=limit) == max(fitting, default=None)
