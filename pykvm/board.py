@@ -6,8 +6,11 @@ step below; the addresses are in x86.layout.
 
 from __future__ import annotations
 
+import os
+
 from pykvm.boot.image import E820_RAM, E820_RESERVED, Boot, BootOptions, ImageFile, Module
 from pykvm.config import BootConfig, MachineConfig
+from pykvm.core.console import Console
 from pykvm.core.fastuart import FastUart
 from pykvm.core.machine import Machine
 from pykvm.devices.acpi_pm import AcpiPm
@@ -29,12 +32,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from pykvm.core.console import Console
     from pykvm.core.device import Device
     from pykvm.kvm.system import Kvm
 
 
 KVM_PAGES = (layout.IDENTITY_MAP, 4 * layout.PAGE_SIZE, E820_RESERVED)  # the identity map and KVM's TSS
+
+
+OPTION_ROMS = ("/usr/share/qemu/linuxboot_dma.bin", "/usr/share/seabios/linuxboot_dma.bin")
 
 
 class _SerialSink:
@@ -82,11 +87,14 @@ class Pc(Machine):
         super().__init__(config, kvm=kvm, **options)
         self.boot_config = BootConfig(boot) if isinstance(boot, str) else boot
         self.boot: Boot | None = None
+        self.firmware_log = Console()  # what SeaBIOS and OVMF say on port 0x402
         self.platform = Platform(
             range(self.config.cpus),
             ioapic=self.config.irqchip != "none",
             pic=self.config.irqchip == "kernel",
             serial=range(serial_ports),
+            # the bridge exists, but a kernel that is told of it asks for every function behind it: 160 exits
+            pci=self.boot_config is not None and self.boot_config.bios is not None,
             fw_cfg=True,
             pvpanic=True,
         )
@@ -168,7 +176,7 @@ class Pc(Machine):
         self.post_codes = PostCode()
         self._attach_port(self.post_codes, layout.PORT_POST)
         self._attach_port(DebugCon(self.console.write), layout.PORT_DEBUGCON)
-        self._attach_port(DebugCon(self.console.write, name="seabios-debug"), layout.PORT_SEABIOS_DEBUG)
+        self._attach_port(DebugCon(self.firmware_log.write, name="firmware debug"), layout.PORT_SEABIOS_DEBUG)
         self._attach_port(PvPanic(), layout.PORT_PVPANIC)
 
     def _attach_firmware_interface(self) -> None:
@@ -276,3 +284,7 @@ class Pc(Machine):
             initrd = ImageFile(boot.initrd) if boot.initrd is not None else None
             parts = split_for_firmware(ImageFile(boot.kernel), cmdline=boot.cmdline, initrd=initrd, e820=self.e820())
             self.fw_cfg.add_linux(**parts)
+            for path in OPTION_ROMS:
+                if os.path.exists(path):  # SeaBIOS boots the kernel by this ROM; qboot does it itself
+                    self.fw_cfg.add_file("genroms/linuxboot_dma.bin", ImageFile(path).data)
+                    break

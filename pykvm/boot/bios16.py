@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import struct
 
+from pykvm.x86 import layout
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from pykvm.core.memory import GuestMemory
 
 SEGMENT, OFFSET = 0xF000, 0xE000
-BASE = (SEGMENT << 4) + OFFSET  # in the BIOS area, above the ACPI tables
+BASE = layout.BIOS16  # = SEGMENT:OFFSET, in the BIOS area above the ACPI and MP tables
 END = BASE + 0x1000
 
 CODE = bytes.fromhex("""

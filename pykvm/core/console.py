@@ -20,6 +20,7 @@ class Console:
         self._tail = bytearray()
         self._lock = threading.Lock()  # innermost: nothing is called under it
         self.flushers: list[Callable[[], object]] = []
+        self._writers: set[int] = set()  # threads inside `sink`, which hold their device's lock
 
     def write(self, data: bytes) -> None:
         """Take output of the guest."""
@@ -29,10 +30,16 @@ class Console:
             if len(self._tail) > 2 * KEEP:
                 del self._tail[:-KEEP]
         if self.sink is not None:
-            self.sink(data)
+            self._writers.add(threading.get_ident())
+            try:
+                self.sink(data)
+            finally:
+                self._writers.discard(threading.get_ident())
 
     def flush(self) -> None:
-        """Fetch what devices still hold back (rings filled by C)."""
+        """Fetch what devices still hold back (rings filled by C); nothing when a sink calls it: it is told anyway."""
+        if threading.get_ident() in self._writers:
+            return
         for flusher in self.flushers:
             flusher()
 

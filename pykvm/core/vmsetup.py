@@ -35,6 +35,18 @@ REQUIRED_FOR = {
 }
 
 
+# GSI -> (irqchip, pin). KVM's default has GSI 0 at IOAPIC pin 0; on a PC, and in our ACPI and MP tables, the PIT's
+# interrupt arrives at pin 2, and pin 0 is the 8259s' (MP specification 1.4, 5.3).
+PC_ROUTES = [
+    *((gsi, lib.KVM_IRQCHIP_PIC_MASTER if gsi < 8 else lib.KVM_IRQCHIP_PIC_SLAVE, gsi % 8) for gsi in range(16)),
+    *(
+        (gsi, lib.KVM_IRQCHIP_IOAPIC, layout.PIT_PIN if gsi == layout.IRQ_PIT else gsi)
+        for gsi in range(layout.IOAPIC_PINS)
+        if gsi != layout.PIT_PIN
+    ),
+]
+
+
 def create_vm(kvm: Kvm, config: MachineConfig) -> VmFd:
     """A VM with its irqchip; no memory and no vCPU yet. All missing capabilities are named in one error."""
     kvm.require((*REQUIRED, *REQUIRED_FOR[config.irqchip]))
@@ -44,6 +56,7 @@ def create_vm(kvm: Kvm, config: MachineConfig) -> VmFd:
         vm.set_tss_addr(layout.KVM_TSS)
         if config.irqchip == "kernel":
             vm.create_irqchip()
+            vm.set_gsi_routing(PC_ROUTES)
             if config.pit:
                 vm.create_pit2(lib.KVM_PIT_SPEAKER_DUMMY)
         elif config.irqchip == "split":

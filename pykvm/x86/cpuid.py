@@ -37,7 +37,7 @@ class CpuidEntry:
 
     __slots__ = ("eax", "ebx", "ecx", "edx", "flags", "function", "index")
 
-    def __init__(  # noqa: PLR0917 - in the structure's own order
+    def __init__(
         self,
         function: int,
         index: int = 0,

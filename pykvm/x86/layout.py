@@ -42,7 +42,8 @@ EBDA = 0x9FC00
 LOW_RAM_END = 0xA0000
 BIOS_AREA = 0xE0000  # RSDP is searched in [0xe0000, 0xfffff] (ACPI 5.2.5.1)
 ACPI_TABLES = 0xE0000
-MP_CONFIG = 0xFE000  # MP configuration table: 5.4 KiB for 254 CPUs, more than the EBDA has
+MP_CONFIG = 0xFC000  # MP configuration table: 5.4 KiB for 254 CPUs, more than the EBDA has; ends below BIOS16
+BIOS16 = 0xFE000  # the real-mode BIOS of the 16-bit Linux protocol, 4 KiB
 BIOS_AREA_END = 0x100000
 
 # -- RAM above and below the hole ------------------------------------------------------------------------------
