@@ -41,6 +41,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "what exists": ("pykvm.boot", "pykvm.devices"),
     "the board": ("pykvm.board",),
+    "verbs that front ends share": ("pykvm.control",),
     "people and programs": ("pykvm.cli", "pykvm.__main__", "pykvm"),
 }
 
