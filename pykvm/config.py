@@ -7,8 +7,10 @@ from pykvm.x86.layout import GIB, KIB, MIB
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Literal
+
+    from pykvm.x86.cpuid import CpuidEntry
 
     IrqchipKind = Literal["kernel", "split", "none"]
 
@@ -66,10 +68,12 @@ class MachineConfig:
     stats           count exits by port and address, and time inside and outside the guest
     halt_detection  end with HALTED when all vCPUs halted with interrupts off
     firmware        the guest brings its own firmware: MTRRs are left as after RESET
+    cpuid           called as cpuid(entries, vcpu_index) with the list of x86.cpuid.CpuidEntry that the vCPU would get;
+                    changes it in place, for entries that no feature name covers
     """
 
     __slots__ = (
-        "c_actions", "cpu_features", "cpus", "firmware", "halt_detection", "hugepages", "irqchip", "memfd", "memory",
+        "c_actions", "cpu_features", "cpuid", "cpus", "firmware", "halt_detection", "hugepages", "irqchip", "memfd", "memory",
         "pit", "stats",
     )  # fmt: skip
 
@@ -87,6 +91,7 @@ class MachineConfig:
         stats: bool = False,
         halt_detection: bool = True,
         firmware: bool = False,
+        cpuid: Callable[[list[CpuidEntry], int], object] | None = None,
     ) -> None:
         self.memory = _check_memory(parse_size(memory, "memory"), hugepages and memfd)
         self.cpus = _check_cpus(cpus, irqchip)
@@ -99,6 +104,7 @@ class MachineConfig:
         self.stats = stats
         self.halt_detection = halt_detection
         self.firmware = firmware
+        self.cpuid = cpuid
 
 
 def _check_memory(size: int, hugetlb: bool) -> int:

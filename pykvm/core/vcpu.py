@@ -255,6 +255,7 @@ class Vcpu:
 
     def _dispatch(self, key: int) -> Outcome | None:
         if key < 0:
+            self.fd.check_owner()  # in a forked child KVM_RUN fails with EIO
             raise KvmError("KVM_RUN", -key, ADVICE.get(("KVM_RUN", -key), ""))
         if key == KEY_COALESCED:
             return drain_coalesced(self)

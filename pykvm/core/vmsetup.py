@@ -96,6 +96,8 @@ def create_vcpus(vm: VmFd, kvm: Kvm, config: MachineConfig, vcpus: Sequence[Vcpu
             tsc_deadline=deadline,
             tsc_khz=fd.get_tsc_khz(),
         )
+        if config.cpuid is not None:
+            config.cpuid(cpuid, vcpu.index)
         fd.set_cpuid2([entry.fields() for entry in cpuid])
         fd.set_msrs(dict(power_on(firmware=config.firmware)))
         if config.stats:

@@ -11,6 +11,7 @@ from pykvm import Device, Exit, MissingCapability, Outcome, Vcpu
 from pykvm._native import lib
 from pykvm.core.exits import HANDLERS, NOT_ON_X86, TABLE
 from pykvm.kvm.exits import reason_names
+from pykvm.x86.cpuid import CpuidEntry, put
 
 # mov $0x12345678, %ecx (32-bit operand in real mode)
 SELECT_MSR = b"\x66\xb9\x78\x56\x34\x12"
@@ -49,6 +50,18 @@ def test_unhandled_msrs_reach_the_hooks() -> None:
         assert vm.run(timeout=5) == Outcome.HALTED
         assert vm.vcpus[0].regs.rax == 0x12345679
     assert written == [(0x12345678, 0x12345679)]
+
+
+def test_cpuid_hook_changes_entries() -> None:
+    """The owner may set CPUID entries that no feature name covers; the guest reads them."""
+
+    def brand(entries: list[CpuidEntry], index: int) -> None:
+        put(entries, CpuidEntry(0x40000000, eax=0x40000000, ebx=0x6B6B6B00 + index))
+
+    # mov $0x40000000, %eax; cpuid; hlt
+    with machine(b"\x66\xb8\x00\x00\x00\x40\x0f\xa2\xf4", cpuid=brand) as vm:
+        assert vm.run(timeout=5) == Outcome.HALTED
+        assert vm.vcpus[0].regs.rbx == 0x6B6B6B00
 
 
 def test_msr_hook_may_refuse() -> None:
