@@ -73,8 +73,8 @@ class MachineConfig:
     """
 
     __slots__ = (
-        "c_actions", "cpu_features", "cpuid", "cpus", "firmware", "halt_detection", "hugepages", "irqchip", "memfd", "memory",
-        "pit", "stats",
+        "c_actions", "cpu_features", "cpuid", "cpus", "firmware", "halt_detection", "hugepages", "irqchip", "memfd",
+        "memory", "pit", "stats",
     )  # fmt: skip
 
     def __init__(

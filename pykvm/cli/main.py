@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else EXIT_USAGE
     name = "version" if arguments[0] == "--version" else arguments[0]
     if name not in COMMANDS:
-        print(f"pykvm: unknown command {name!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        complain(f"unknown command {name!r}; the commands are {', '.join(COMMANDS)}")
         return EXIT_USAGE
     return _run(COMMANDS[name][0], arguments[1:])
 
@@ -52,31 +52,57 @@ def _run(module: str, arguments: list[str]) -> int:
         sys.stdout.flush()
         return status
     except UsageError as error:
-        print(f"pykvm: {error}", file=sys.stderr)
+        complain(str(error))
         return EXIT_USAGE
     except PykvmError as error:
-        print(f"pykvm: {error}", file=sys.stderr)
+        complain(str(error))
         return EXIT_HOST
     except BrokenPipeError:
         # the reader of our output has gone: as any filter, end quietly
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        # out of file descriptors or threads, a full disk under our output
+        complain(f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror}")
+        return EXIT_HOST
+
+
+def complain(text: str) -> None:
+    """One line on stderr, whatever is in the file names that it quotes: no line breaks, no escape sequences."""
+    safe = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    print(f"pykvm: {safe}", file=sys.stderr)
 
 
 def entry() -> None:
     """The console script: exits without the interpreter's finalisation, which would cost milliseconds for nothing."""
+    open_standard_streams()
     try:
         status = main()
     except SystemExit as leave:  # argparse of a lesser command
         status = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     except KeyboardInterrupt:
         status = 130
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except BrokenPipeError:
-        status = EXIT_BROKEN_PIPE
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            status = EXIT_BROKEN_PIPE
+        except OSError:
+            status = status or EXIT_HOST
     os._exit(status)
+
+
+def open_standard_streams() -> None:
+    """Open descriptors 0 to 2 where the caller closed them: else the next file gets the number, and the console."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class SerialPort:
     """One connected port; `close` releases what the host side needs."""
 
-    def __init__(self) -> None:
+    def __init__(self, where: str) -> None:
+        self.where = where
         self._closers: list[Callable[[], object]] = []
         self.output: Output | None = None
 
@@ -25,6 +26,12 @@ class SerialPort:
         """The machine is about to stop: do not wait for a reader that stalls."""
         if self.output is not None:
             self.output.closing = True
+
+    def check(self) -> None:
+        """Raise the OSError that kept output from being written, if one did."""
+        error = self.output.error if self.output is not None else None
+        if error is not None:
+            raise OSError(error.errno, error.strerror, self.where)
 
     def add(self, closer: Callable[[], object]) -> None:
         """Run `closer` at the end."""
@@ -38,7 +45,7 @@ class SerialPort:
 
 def open_serial(pc: Pc, index: int, where: str) -> SerialPort:
     """Connect COM`index + 1` as `where` says: stdio, captured, file:PATH, pty, none. Raises UsageError."""
-    port = SerialPort()
+    port = SerialPort(where)
     if where == "stdio":
         _connect(pc, index, port, 0, 1, escape=os.isatty(0))
     elif where == "captured":

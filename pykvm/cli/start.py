@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 # `signal` itself would import enum
-from _signal import SIGHUP, SIGINT, SIGTERM, signal  # type: ignore[import-not-found]
+from _signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, getsignal, signal  # type: ignore[import-not-found]
 
 from pykvm import log
 from pykvm.cli.options import HelpWanted, Option, Parser
@@ -95,6 +95,9 @@ PARSER = Parser(
 )
 
 
+ENDING_SIGNALS = (SIGINT, SIGTERM, SIGHUP)
+
+
 class _Ended(BaseException):
     """A signal asked pykvm to end. Not an Exception, so that nothing on the way swallows it."""
 
@@ -114,8 +117,9 @@ def run(argv: list[str]) -> int:
     serial = _serial_plan(values["serial"], capture=values["json"])
     from pykvm.board import Pc
 
-    for number in (SIGTERM, SIGHUP):
-        signal(number, _on_signal)
+    for number in ENDING_SIGNALS:
+        if getsignal(number) != SIG_IGN:  # as nohup and a shell's & want it
+            signal(number, _on_signal)
     try:
         # Pc closes itself when its constructor fails
         with Pc(
@@ -127,7 +131,14 @@ def run(argv: list[str]) -> int:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
+    _ignore_signals()
     raise _Ended(number)
+
+
+def _ignore_signals() -> None:
+    """From here on only tidying up is left, which another signal must not cut short."""
+    for number in ENDING_SIGNALS:
+        signal(number, SIG_IGN)
 
 
 def _configs(values: dict[str, Any], rest: list[str]) -> tuple[BootConfig, MachineConfig]:
@@ -176,17 +187,20 @@ def _session(pc: Pc, plan: list[str], values: dict[str, Any]) -> int:
             raw.enter()
         pc.start()
         outcome = _wait(pc, values["timeout"])
-    except KeyboardInterrupt:
-        raise _Ended(SIGINT) from None
     finally:
-        for port in ports:
-            port.hurry()
-        pc.stop()
-        pc.console.flush()
-        for port in ports:
-            port.close()
-        raw.leave()
+        _ignore_signals()
+        try:
+            for port in ports:
+                port.hurry()
+            pc.stop()
+            pc.console.flush()
+            for port in ports:
+                port.close()
+        finally:
+            raw.leave()
     _report(pc, outcome, values)
+    for port in ports:
+        port.check()
     return outcome.exit_status
 
 

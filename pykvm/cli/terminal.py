@@ -24,19 +24,19 @@ POLL_MS = 100
 
 class Output:
     """Writes to a file descriptor without ever holding up the machine's end: a reader that stalls is waited for only
-    while the machine runs. A reader that is gone is noticed once."""
+    while the machine runs. A reader that is gone or a full disk is noticed once, and left in `error`."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.closing = False
-        self.broken = False
+        self.error: OSError | None = None
         self.on_broken: Callable[[], None] | None = None
         self._poll = select.poll()
         self._poll.register(fd, select.POLLOUT)
 
     def write(self, data: bytes) -> None:
         """Write all of `data`."""
-        while data and not self.broken:
+        while data and self.error is None:
             try:
                 if not self._poll.poll(POLL_MS):
                     if self.closing:
@@ -45,8 +45,8 @@ class Output:
                 data = data[os.write(self.fd, data[:CHUNK]) :]
             except BlockingIOError:
                 continue
-            except OSError:
-                self.broken = True
+            except OSError as error:
+                self.error = error
                 if self.on_broken is not None:
                     self.on_broken()
 

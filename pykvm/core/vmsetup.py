@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pykvm._native import lib
 from pykvm.errors import MissingCapability
+from pykvm.kvm.vcpu import cpuid_table
 from pykvm.x86 import layout
 from pykvm.x86.cpuid import CpuidEntry, configure
 from pykvm.x86.msrs import power_on
@@ -15,6 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pykvm._native import CData
     from pykvm.config import MachineConfig
     from pykvm.core.memory import Slot
     from pykvm.core.vcpu import Vcpu
@@ -79,7 +81,7 @@ def create_vcpus(vm: VmFd, kvm: Kvm, config: MachineConfig, vcpus: Sequence[Vcpu
     """Create KVM's vCPUs with CPUID and MSRs and connect the Vcpu objects to them."""
     coalesced = vm.check_extension(lib.KVM_CAP_COALESCED_MMIO) * layout.PAGE_SIZE
     deadline = bool(vm.check_extension(lib.KVM_CAP_TSC_DEADLINE_TIMER))
-    supported = [CpuidEntry(*entry) for entry in kvm.supported_cpuid()]
+    msrs = dict(power_on(firmware=config.firmware))
     for vcpu in vcpus:
         fd = vm.create_vcpu(vcpu.index)
         try:
@@ -87,18 +89,34 @@ def create_vcpus(vm: VmFd, kvm: Kvm, config: MachineConfig, vcpus: Sequence[Vcpu
         except BaseException:
             fd.close()
             raise
-        cpuid = configure(
-            supported,
-            vcpu_index=vcpu.index,
-            cpus=config.cpus,
-            features=config.cpu_features,
-            irqchip_in_kernel=config.irqchip != "none",
-            tsc_deadline=deadline,
-            tsc_khz=fd.get_tsc_khz(),
-        )
-        if config.cpuid is not None:
-            config.cpuid(cpuid, vcpu.index)
-        fd.set_cpuid2([entry.fields() for entry in cpuid])
-        fd.set_msrs(dict(power_on(firmware=config.firmware)))
+        fd.set_cpuid_table(_cpuid_table(kvm, config, vcpu.index, deadline, fd.get_tsc_khz()))
+        fd.set_msrs(msrs)
         if config.stats:
             lib.pk_vcpu_enable_stats(vcpu.state)
+
+
+# A process makes thousands of machines of the same few shapes, and the table of a shape never changes.
+_tables: dict[tuple[object, ...], CData] = {}
+MAX_TABLES = 256
+
+
+def _cpuid_table(kvm: Kvm, config: MachineConfig, index: int, deadline: bool, tsc_khz: int) -> CData:
+    shape = (index, config.cpus, config.cpu_features, config.irqchip != "none", deadline, tsc_khz)
+    table = _tables.get(shape)
+    if table is not None and config.cpuid is None:
+        return table
+    entries = configure(
+        [CpuidEntry(*entry) for entry in kvm.supported_cpuid()],
+        vcpu_index=index,
+        cpus=config.cpus,
+        features=config.cpu_features,
+        irqchip_in_kernel=config.irqchip != "none",
+        tsc_deadline=deadline,
+        tsc_khz=tsc_khz,
+    )
+    if config.cpuid is not None:
+        config.cpuid(entries, index)
+    table = cpuid_table([entry.fields() for entry in entries])
+    if config.cpuid is None and len(_tables) < MAX_TABLES:
+        _tables[shape] = table
+    return table

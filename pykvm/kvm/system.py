@@ -31,17 +31,21 @@ NO_DRIVER = "{path} exists but no KVM module serves it: load kvm_intel or kvm_am
 BUSY = "{path} is busy: another hypervisor (VirtualBox, VMware) may hold VT-x or AMD-V"
 
 
+# What KVM said once is true for the process: facts about the host, not about a machine.
+_cpuid: dict[str, list[tuple[int, ...]]] = {}
+_present: set[str] = set()
+
+
 class Kvm(Handle):
     """An open /dev/kvm.
 
     Raises KvmUnavailable, whose `reason` tells apart absent, permission, busy, version and other.
     """
 
-    __slots__ = ("_cpuid", "vcpu_mmap_size")
+    __slots__ = ("vcpu_mmap_size",)
 
     def __init__(self, path: str = "/dev/kvm") -> None:
         super().__init__(_open(path))
-        self._cpuid: dict[str, list[tuple[int, ...]]] = {}
         try:
             version = self.api_version()
         except KvmError as error:
@@ -62,9 +66,14 @@ class Kvm(Handle):
 
     def require(self, names: Iterable[str]) -> None:
         """Raise one MissingCapability that names every KVM_CAP_* in `names` that is absent."""
-        missing = [name for name in names if not self.check_extension(getattr(lib, name, 0x7FFFFFFF))]
+        missing = [name for name in names if name not in _present and not self._has(name)]
         if missing:
             raise MissingCapability(missing)
+
+    def _has(self, name: str) -> bool:
+        if self.check_extension(getattr(lib, name, 0x7FFFFFFF)):
+            _present.add(name)
+        return name in _present
 
     def create_vm(self, vm_type: int = 0) -> VmFd:
         """KVM_CREATE_VM (4.2). The kernel may answer EINTR when a signal arrives: it is asked again."""
@@ -78,7 +87,7 @@ class Kvm(Handle):
     def supported_cpuid(self) -> list[tuple[int, ...]]:
         """KVM_GET_SUPPORTED_CPUID (4.46): (function, index, flags, eax, ebx, ecx, edx) tuples.
 
-        Asked once per open /dev/kvm: the kernel needs most of a millisecond for it.
+        Asked once per process: the kernel needs most of a millisecond for it.
         """
         return self._cpuid_list("KVM_GET_SUPPORTED_CPUID")
 
@@ -87,9 +96,9 @@ class Kvm(Handle):
         return self._cpuid_list("KVM_GET_EMULATED_CPUID")
 
     def _cpuid_list(self, name: str) -> list[tuple[int, ...]]:
-        if name not in self._cpuid:
-            self._cpuid[name] = self._read_cpuid(name)
-        return self._cpuid[name]
+        if name not in _cpuid:
+            _cpuid[name] = self._read_cpuid(name)
+        return _cpuid[name]
 
     def _read_cpuid(self, name: str) -> list[tuple[int, ...]]:
         capacity = 128

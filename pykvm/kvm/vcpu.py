@@ -127,11 +127,10 @@ class VcpuFd(Attributes):
 
     def set_cpuid2(self, entries: Sequence[Sequence[int]]) -> None:
         """KVM_SET_CPUID2 (4.39 ff.): (function, index, flags, eax, ebx, ecx, edx) each; before the first run."""
-        table = ffi.new("struct kvm_cpuid2 *", {"entries": len(entries)})
-        table.nent = len(entries)
-        for i, values in enumerate(entries):
-            entry = table.entries[i]
-            entry.function, entry.index, entry.flags, entry.eax, entry.ebx, entry.ecx, entry.edx = values
+        self.set_cpuid_table(cpuid_table(entries))
+
+    def set_cpuid_table(self, table: CData) -> None:
+        """The same from a `cpuid_table`, which many vCPUs may use."""
         self.ioctl("KVM_SET_CPUID2", table)
 
     def get_cpuid2(self) -> list[tuple[int, ...]]:
@@ -242,6 +241,16 @@ class VcpuFd(Attributes):
     def stats(self) -> dict[str, int | list[int]]:
         """KVM_GET_STATS_FD (4.133) of the vCPU."""
         return read_stats(self.ioctl_value("KVM_GET_STATS_FD"))
+
+
+def cpuid_table(entries: Sequence[Sequence[int]]) -> CData:
+    """A struct kvm_cpuid2 of (function, index, flags, eax, ebx, ecx, edx) rows."""
+    table = ffi.new("struct kvm_cpuid2 *", {"entries": len(entries)})
+    table.nent = len(entries)
+    for i, values in enumerate(entries):
+        entry = table.entries[i]
+        entry.function, entry.index, entry.flags, entry.eax, entry.ebx, entry.ecx, entry.edx = values
+    return table
 
 
 SYNC_REGS = lib.KVM_SYNC_X86_REGS
