@@ -46,7 +46,7 @@ def test_measuring_guest_that_misbehaves(kvm: Kvm, monkeypatch: pytest.MonkeyPat
     """A guest that does not reach its HLT is an error of its own, not a figure."""
     monkeypatch.setattr(measure, "long_mode", lambda memory, entry: measure.real_mode(0xFFFF, 0))
     with pytest.raises(measure.MeasurementError, match="ended with"):
-        measure._loop_speed(kvm, b"\xf4", real=False)
+        measure.ring0_speed(kvm)
 
 
 def test_doctor_finds_this_host_usable() -> None:
