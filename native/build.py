@@ -17,7 +17,7 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-SOURCES = ("runloop.c", "kick.c")
+SOURCES = ("runloop.c", "kick.c", "dynlib.c")
 
 TYPES = """
 typedef uint8_t __u8; typedef uint16_t __u16; typedef uint32_t __u32; typedef unsigned long long __u64;
@@ -75,10 +75,10 @@ def make_builder() -> FFI:
     builder.cdef(TYPES + constants + "\n" + select((HERE / "kvm.cdef.h").read_text(), macros))
     builder.set_source(
         "pykvm._native",
-        '#include <sys/mman.h>\n#include <linux/kvm.h>\n#include "runloop.h"\n',
+        '#include <sys/mman.h>\n#include <linux/kvm.h>\n#include "runloop.h"\n#include "dynlib.h"\n',
         sources=[os.path.relpath(HERE / name, ROOT) for name in SOURCES],
         include_dirs=[os.path.relpath(HERE, ROOT)],
-        depends=[os.path.relpath(HERE / name, ROOT) for name in ("runloop.h", "kvm.cdef.h")],
+        depends=[os.path.relpath(HERE / name, ROOT) for name in ("runloop.h", "dynlib.h", "kvm.cdef.h")],
         # -Wno-unused-parameter: cffi's own wrappers of functions without arguments
         extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"],
     )

@@ -175,6 +175,8 @@ struct pk_ring *pk_ring_new(uint32_t size, int eventfd);
 void pk_ring_free(struct pk_ring *ring);
 uint32_t pk_ring_drain(struct pk_ring *ring, void *out, uint32_t size);
 
+void *pk_dynamic_symbol(const char *library, const char *symbol);
+
 int pk_kick_init(int signal_offset);
 int pk_kick(struct pk_vcpu *vcpu);
 void pk_thread_init(void);

@@ -180,7 +180,7 @@ class _SegmentSink:
         self._memory = memory
         self._loads = loads
 
-    def __call__(self, offset: int, piece: bytes) -> None:
+    def __call__(self, offset: int, piece: bytes | bytearray) -> None:
         for each in self._loads:
             low = max(offset, each.offset)
             high = min(offset + len(piece), each.offset + each.filesz)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import struct
 
+from pykvm._native import ffi, lib
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 
     from pykvm.boot.setup_header import SetupHeader
 
-    Sink = Callable[[int, bytes], None]
+    Sink = Callable[[int, bytes | bytearray], None]
+    Lz4Decoder = Callable[[memoryview], bytes | bytearray | None]
 
     class Decoder(Protocol):
         """bz2.BZ2Decompressor and lzma.LZMADecompressor."""
@@ -35,6 +38,7 @@ HEAD_SIZE = 64 << 10  # the first piece has at least so much (or everything): EL
 PIECE_SIZE = 1 << 20
 FEED_SIZE = 256 << 10
 WINDOW_MAX = 128 << 20  # zstd -22 has 128 MiB, lzma -9 64 MiB, xz 32 MiB
+LIBLZ4 = b"liblz4.so.1"
 LZ4_BLOCK_SIZE = 8 << 20  # of every block of a legacy frame but the last
 MAX_THREADS = 4
 
@@ -94,7 +98,8 @@ def find_payload(header: SetupHeader) -> Payload:
 def unpack(payload: Payload, open_sink: Callable[[bytes], Sink]) -> None:
     """Decompress `payload`. `open_sink(head)` sees the first bytes and returns `sink(offset, piece)`.
 
-    Every byte, the head's too, goes to the sink once; pieces may come from several threads and in any order.
+    Every byte, the head's too, goes to the sink once; pieces may come from several threads and in any order, and
+    are the sink's only until it returns.
     CorruptPayloadError unless the payload holds exactly `payload.size` bytes.
     """
     if not payload.size:
@@ -209,39 +214,71 @@ _DECODERS: dict[str, Callable[[memoryview], Iterator[bytes]]] = {
 
 def _unpack_lz4(payload: Payload, open_sink: Callable[[bytes], Sink]) -> int:
     """A legacy frame: magic, then blocks of a 4-byte size and that many bytes, then the appended size."""
-    from lz4.block import LZ4BlockError, decompress
-
     blocks = _lz4_blocks(payload.data)
     last_size = payload.size - (len(blocks) - 1) * LZ4_BLOCK_SIZE
     if not 0 < last_size <= LZ4_BLOCK_SIZE:
         raise CorruptPayloadError(f"lz4: {payload.size} bytes are declared, there are {len(blocks)} blocks")
 
-    def decode(index: int) -> bytes:
-        try:
-            piece: bytes = decompress(blocks[index], uncompressed_size=LZ4_BLOCK_SIZE)
-        except LZ4BlockError as error:
-            raise CorruptPayloadError(f"lz4: block {index}: {error}") from error
+    def decode(decoder: Lz4Decoder, index: int) -> bytes | bytearray:
+        piece = decoder(blocks[index])
         expected = LZ4_BLOCK_SIZE if index < len(blocks) - 1 else last_size
-        if len(piece) != expected:
-            raise CorruptPayloadError(f"lz4: block {index} holds {len(piece)} bytes, not {expected}")
+        if piece is None or len(piece) != expected:
+            raise CorruptPayloadError(f"lz4: block {index} does not hold {expected} bytes")
         return piece
 
-    head = decode(0)
-    sink = open_sink(head)
+    decoder = _lz4_decoder()
+    head = decode(decoder, 0)
+    sink = open_sink(bytes(head[:HEAD_SIZE]))
     sink(0, head)
-    del head
     todo = list(range(1, len(blocks)))
 
     def work() -> None:
+        decoder = _lz4_decoder()
         while todo:
             try:
                 index = todo.pop()
             except IndexError:  # another thread took the last one
                 return
-            sink(index * LZ4_BLOCK_SIZE, decode(index))
+            sink(index * LZ4_BLOCK_SIZE, decode(decoder, index))
 
     _in_threads(work, len(todo))
     return payload.size
+
+
+def _lz4_decoder() -> Lz4Decoder:
+    """A function from a block to its bytes, None if it is corrupt or holds more than LZ4_BLOCK_SIZE.
+
+    The system's liblz4 where there is one: it decodes into a buffer that is used again, which the next call
+    overwrites. The Python package allocates and copies 8 MiB for every block, and the page faults cost more than
+    the decoding.
+    """
+    symbol = lib.pk_dynamic_symbol(LIBLZ4, b"LZ4_decompress_safe")
+    if symbol == ffi.NULL:
+        return _lz4_package_decoder()
+    decompress = ffi.cast("int(*)(const char *, char *, int, int)", symbol)
+    buffer = bytearray(LZ4_BLOCK_SIZE)
+    target = ffi.from_buffer(buffer)
+
+    def decode(block: memoryview) -> bytes | bytearray | None:
+        size = decompress(ffi.from_buffer(block), target, len(block), LZ4_BLOCK_SIZE)
+        if size == LZ4_BLOCK_SIZE:
+            return buffer
+        return bytes(memoryview(buffer)[:size]) if size >= 0 else None
+
+    return decode
+
+
+def _lz4_package_decoder() -> Lz4Decoder:
+    from lz4.block import LZ4BlockError, decompress
+
+    def decode(block: memoryview) -> bytes | None:
+        try:
+            piece: bytes = decompress(block, uncompressed_size=LZ4_BLOCK_SIZE)
+        except LZ4BlockError:
+            return None
+        return piece
+
+    return decode
 
 
 def _lz4_blocks(data: memoryview) -> list[memoryview]:

@@ -16,7 +16,7 @@ from kernels import CODECS, LZ4_BLOCK, MIB, compress, lz4_legacy, make_bzimage, 
 
 from pykvm.boot import unpack as module
 from pykvm.boot.setup_header import SetupHeader
-from pykvm.boot.unpack import CorruptPayloadError, Payload, UnsupportedPayloadError, find_payload, unpack
+from pykvm.boot.unpack import LIBLZ4, CorruptPayloadError, Payload, UnsupportedPayloadError, find_payload, unpack
 from pykvm.errors import ImageError
 
 TEXT = bytes(range(256)) * 1000 + b"the end"
@@ -56,9 +56,11 @@ def test_round_trip(codec: str, size: int) -> None:
     assert collect(payload) == data
 
 
+@pytest.mark.parametrize("library", [LIBLZ4, b"no-such-library.so"])
 @pytest.mark.parametrize("size", [LZ4_BLOCK - 1, LZ4_BLOCK, LZ4_BLOCK + 1, 4 * LZ4_BLOCK])
-def test_lz4_block_borders(size: int) -> None:
-    """Blocks of exactly 8 MiB, and a last block of any size, are put where they belong by all threads."""
+def test_lz4_block_borders(size: int, library: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of exactly 8 MiB and a last one of any size get where they belong, by liblz4 and by the package."""
+    monkeypatch.setattr("pykvm.boot.unpack.LIBLZ4", library)
     data = struct.pack("<I", 7) * (size // 4 + 1)
     data = data[: size - 4] + b"last"
     assert collect(payload_of(compress("lz4", data))) == data
@@ -162,6 +164,7 @@ def test_unsupported(data: bytes, reason: str) -> None:
 def test_missing_package(codec: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the Python package the payload is unsupported, not broken, and the package is named."""
     monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr("pykvm.boot.unpack.LIBLZ4", b"no-such-library.so")
     with pytest.raises(UnsupportedPayloadError, match=package):
         collect(payload_of(compress(codec, TEXT)))
 
