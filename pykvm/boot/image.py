@@ -37,16 +37,19 @@ class ImageFile:
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise ImageError(self.path, f"cannot open: {error.strerror}") from error
-        with open(fd, "rb", buffering=0) as file:
+        try:
             status = os.fstat(fd)
             if status.st_mode & 0o170000 != 0o100000:
                 raise ImageError(self.path, "is not a regular file")
             if status.st_size > MAX_IMAGE_SIZE:
                 raise ImageError(self.path, f"is too large for a kernel ({status.st_size} bytes)")
-            try:
+            # not before the checks: open() itself refuses a directory
+            with open(fd, "rb", buffering=0, closefd=False) as file:
                 return file.readall()
-            except OSError as error:
-                raise ImageError(self.path, f"cannot read: {error.strerror}") from error
+        except OSError as error:
+            raise ImageError(self.path, f"cannot read: {error.strerror}") from error
+        finally:
+            os.close(fd)
 
     def error(self, reason: str) -> ImageError:
         """An ImageError that names this file."""
