@@ -16,6 +16,7 @@ from pykvm.errors import ConfigError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import FrameType
     from typing import Any
 
@@ -95,14 +96,30 @@ PARSER = Parser(
 )
 
 
-ENDING_SIGNALS = (SIGINT, SIGTERM, SIGHUP)
-
-
 class _Ended(BaseException):
-    """A signal asked pykvm to end. Not an Exception, so that nothing on the way swallows it."""
+    """A signal came before there was a machine. Not an Exception, so that nothing on the way swallows it."""
 
-    def __init__(self, number: int) -> None:
+
+class _Signals:
+    """SIGINT, SIGTERM and SIGHUP: the first one ends the machine in order; later ones do not cut that short.
+
+    Once there is a machine the handler raises nothing: an exception in the middle of a lock would break the lock.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.stop: Callable[[], None] | None = None
+        for number in (SIGINT, SIGTERM, SIGHUP):
+            if getsignal(number) != SIG_IGN:  # as nohup and a shell's & want it
+                signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.number:
+            return
         self.number = number
+        if self.stop is None:
+            raise _Ended
+        self.stop()
 
 
 def run(argv: list[str]) -> int:
@@ -117,28 +134,15 @@ def run(argv: list[str]) -> int:
     serial = _serial_plan(values["serial"], capture=values["json"])
     from pykvm.board import Pc
 
-    for number in ENDING_SIGNALS:
-        if getsignal(number) != SIG_IGN:  # as nohup and a shell's & want it
-            signal(number, _on_signal)
+    signals = _Signals()
     try:
         # Pc closes itself when its constructor fails
         with Pc(
             boot, config, serial_ports=len(serial), debug_exit=values["debug_exit"], testdev=values["testdev"]
         ) as pc:
-            return _session(pc, serial, values)
-    except _Ended as ended:
-        return 128 + ended.number
-
-
-def _on_signal(number: int, frame: FrameType | None) -> None:
-    _ignore_signals()
-    raise _Ended(number)
-
-
-def _ignore_signals() -> None:
-    """From here on only tidying up is left, which another signal must not cut short."""
-    for number in ENDING_SIGNALS:
-        signal(number, SIG_IGN)
+            return _session(pc, serial, values, signals)
+    except _Ended:
+        return 128 + signals.number
 
 
 def _configs(values: dict[str, Any], rest: list[str]) -> tuple[BootConfig, MachineConfig]:
@@ -177,27 +181,36 @@ def _serial_plan(wanted: list[str], *, capture: bool) -> list[str]:
     return ["captured" if where == "stdio" and capture else where for where in plan]
 
 
-def _session(pc: Pc, plan: list[str], values: dict[str, Any]) -> int:
+def _session(pc: Pc, plan: list[str], values: dict[str, Any], signals: _Signals) -> int:
     raw = RawMode(0)
     ports: list[SerialPort] = []
+
+    def stop() -> None:
+        for port in ports:
+            port.hurry()
+        pc.stop_soon()
+
+    signals.stop = stop
     try:
         for index, where in enumerate(plan):
             ports.append(open_serial(pc, index, where))
         if "stdio" in plan:
             raw.enter()
         pc.start()
+        if signals.number:
+            stop()  # it came before the start, when there was nothing to stop
         outcome = _wait(pc, values["timeout"])
     finally:
-        _ignore_signals()
         try:
-            for port in ports:
-                port.hurry()
+            stop()
             pc.stop()
             pc.console.flush()
             for port in ports:
                 port.close()
         finally:
             raw.leave()
+    if signals.number:
+        return 128 + signals.number
     _report(pc, outcome, values)
     for port in ports:
         port.check()
