@@ -60,9 +60,9 @@ STRING_IO(uint32_t, "l", 4)
 
 static void mmio(uintptr_t address) {
     *(volatile uint8_t *)address = 0xa5;
-    print("exits: mmio write1 0xa5, read1 0x%x\n", (uint32_t) * (volatile uint8_t *)address);
+    print("exits: mmio write1 0xa5, read1 0x%x\n", *(volatile uint8_t *)address);
     *(volatile uint16_t *)address = 0xa55a;
-    print("exits: mmio write2 0xa55a, read2 0x%x\n", (uint32_t) * (volatile uint16_t *)address);
+    print("exits: mmio write2 0xa55a, read2 0x%x\n", *(volatile uint16_t *)address);
     *(volatile uint32_t *)address = 0xa55a1234;
     print("exits: mmio write4 0xa55a1234, read4 0x%x\n", *(volatile uint32_t *)address);
     *(volatile uint64_t *)address = 0xa55a123456789abc;

@@ -1,10 +1,10 @@
 /*
  * Kicks: make a vCPU leave KVM_RUN, from any thread, and lose none.
  *
- * A kick sets run->immediate_exit first and sends the signal second. A vCPU that is outside the guest finds the flag at
- * its next KVM_RUN, which returns EINTR at once; one that is inside is interrupted by the signal. pk_run() publishes its
- * thread before it enters and clears the flag only after KVM_RUN returned EINTR, so whoever posts a message and then
- * kicks knows that Python looks at its mailbox after that.
+ * A kick sets run->immediate_exit first and sends the signal second. A vCPU that is outside the guest finds
+ * the flag at its next KVM_RUN, which returns EINTR at once; one that is inside is interrupted by the signal.
+ * pk_run() publishes its thread before it enters and clears the flag only after KVM_RUN returned EINTR, so
+ * whoever posts a message and then kicks knows that Python looks at its mailbox after that.
  *
  * KVM API documentation, 5 (kvm_run.immediate_exit).
  */

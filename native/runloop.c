@@ -20,7 +20,8 @@ int pk_ioctl_value(int fd, unsigned long request, unsigned long argument) {
     return result < 0 ? -errno : result;
 }
 
-/* -- life ------------------------------------------------------------------------------------------------------ */
+/* -- life
+ * ------------------------------------------------------------------------------------------------------ */
 
 int pk_vcpu_init(struct pk_vcpu *vcpu, int fd, size_t run_size, size_t coalesced_offset) {
     memset(vcpu, 0, sizeof(*vcpu));
@@ -53,7 +54,8 @@ int pk_vcpu_enable_stats(struct pk_vcpu *vcpu) {
     return 0;
 }
 
-/* -- rings ----------------------------------------------------------------------------------------------------- */
+/* -- rings
+ * ----------------------------------------------------------------------------------------------------- */
 
 struct pk_ring *pk_ring_new(uint32_t size, int eventfd) {
     struct pk_ring *ring = calloc(1, sizeof(*ring) + size);
@@ -85,7 +87,8 @@ static int ring_append(struct pk_ring *ring, const uint8_t *bytes, uint32_t coun
     }
     pthread_mutex_unlock(&ring->lock);
     if (wake && ring->eventfd >= 0) {
-        /* the counter cannot overflow: it is written once per emptied ring, and a full one only means "wake" anyway */
+        /* the counter cannot overflow: it is written once per emptied ring, and a full one only means "wake"
+         * anyway */
         ssize_t ignored = write(ring->eventfd, &(uint64_t){1}, sizeof(uint64_t));
         (void)ignored;
     }
@@ -103,7 +106,8 @@ uint32_t pk_ring_drain(struct pk_ring *ring, void *out, uint32_t size) {
     return count;
 }
 
-/* -- exits that C answers -------------------------------------------------------------------------------------- */
+/* -- exits that C answers
+ * -------------------------------------------------------------------------------------- */
 
 /* One port or MMIO exit, in one shape. */
 struct access {
@@ -134,7 +138,8 @@ static struct access decode(struct kvm_run *run) {
 
 static int perform(struct pk_action *action, const struct access *access) {
     switch (action->kind) {
-    case PK_APPEND: /* a wide write is a byte to a byte-wide register at that address: the others are not the console's */
+    case PK_APPEND: /* a wide write is a byte to a byte-wide register at that address: the others are not the
+                       console's */
         if (access->size != 1 || !ring_append(action->ring, access->data, access->count))
             return 0;
         break;
@@ -167,7 +172,8 @@ static int answer(struct pk_table *table, const struct access *access) {
     return 0;
 }
 
-/* -- statistics ------------------------------------------------------------------------------------------------ */
+/* -- statistics
+ * ------------------------------------------------------------------------------------------------ */
 
 static uint64_t now_ns(void) {
     struct timespec now;
@@ -189,7 +195,8 @@ static void count_access(struct pk_vcpu *vcpu, const struct access *access) {
     vcpu->stats_lost++;
 }
 
-/* -- the loop -------------------------------------------------------------------------------------------------- */
+/* -- the loop
+ * -------------------------------------------------------------------------------------------------- */
 
 static void give_answer(struct pk_vcpu *vcpu) {
     if (vcpu->read_into) {
@@ -262,7 +269,8 @@ static int64_t run_until_exit(struct pk_vcpu *vcpu) {
 
 static int coalesced_pending(const struct pk_vcpu *vcpu) {
     struct kvm_coalesced_mmio_ring *ring = vcpu->coalesced;
-    return ring && __atomic_load_n(&ring->first, __ATOMIC_RELAXED) != __atomic_load_n(&ring->last, __ATOMIC_ACQUIRE);
+    return ring &&
+           __atomic_load_n(&ring->first, __ATOMIC_RELAXED) != __atomic_load_n(&ring->last, __ATOMIC_ACQUIRE);
 }
 
 int64_t pk_run(struct pk_vcpu *vcpu) {
@@ -290,7 +298,8 @@ int64_t pk_settle(struct pk_vcpu *vcpu) {
     int64_t key = pk_run(vcpu);
     if (key != -EINTR)
         __atomic_store_n(&vcpu->run->immediate_exit, 0, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n(&vcpu->kicks, __ATOMIC_SEQ_CST) != kicks) /* ours ate a kick of somebody else: put it back */
+    if (__atomic_load_n(&vcpu->kicks, __ATOMIC_SEQ_CST) !=
+        kicks) /* ours ate a kick of somebody else: put it back */
         __atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
     return key;
 }

@@ -1,8 +1,8 @@
 /*
  * The vCPU hot loop: mechanism only. It knows KVM, it knows no device.
  *
- * pk_run() enters the guest again and again until an exit needs Python. What does not need Python is in a table of
- * actions, range -> what to do; an empty table gives the same guest-visible behaviour, only slower.
+ * pk_run() enters the guest again and again until an exit needs Python. What does not need Python is in a
+ * table of actions, range -> what to do; an empty table gives the same guest-visible behaviour, only slower.
  */
 #ifndef PYKVM_RUNLOOP_H
 #define PYKVM_RUNLOOP_H
@@ -62,11 +62,11 @@ struct pk_vcpu {
     struct kvm_coalesced_mmio_ring *coalesced;
     struct pk_table *table; /* swapped whole while vCPUs run */
 
-    uint64_t value;      /* the value written; or Python's answer to a read, stored at the next entry */
-    uint64_t address;    /* GPA of an MMIO exit */
-    uint8_t *read_into;  /* where the answer goes, NULL when none is owed */
+    uint64_t value;     /* the value written; or Python's answer to a read, stored at the next entry */
+    uint64_t address;   /* GPA of an MMIO exit */
+    uint8_t *read_into; /* where the answer goes, NULL when none is owed */
     uint32_t read_size;
-    int64_t stashed;     /* pk_run()'s result, kept back while Python drains the coalesced ring */
+    int64_t stashed; /* pk_run()'s result, kept back while Python drains the coalesced ring */
     uint8_t has_stashed;
 
     int tid; /* the thread inside pk_run(), 0 when there is none */
@@ -80,9 +80,10 @@ struct pk_vcpu {
 };
 
 /*
- * The key of an exit, as pk_run() returns it: bits 0-7 the exit reason; for IO and MMIO bit 8 the direction and bits
- * 9-15 the access size; for IO bits 16-31 the port; bit 32 a string (rep ins/outs) of run->io.count elements. Bit 33
- * alone: the coalesced ring has entries to drain first. A key is a small non-negative int: Python looks it up in a dict.
+ * The key of an exit, as pk_run() returns it: bits 0-7 the exit reason; for IO and MMIO bit 8 the direction
+ * and bits 9-15 the access size; for IO bits 16-31 the port; bit 32 a string (rep ins/outs) of run->io.count
+ * elements. Bit 33 alone: the coalesced ring has entries to drain first. A key is a small non-negative int:
+ * Python looks it up in a dict.
  */
 #define PK_KEY_WRITE (1LL << 8)
 #define PK_KEY_SIZE_SHIFT 9
@@ -100,8 +101,9 @@ int pk_vcpu_enable_stats(struct pk_vcpu *vcpu);
 
 /* Runs until an exit needs Python: its key, -EINTR after a kick or a signal, -errno otherwise. */
 int64_t pk_run(struct pk_vcpu *vcpu);
-/* Completes a pending access without running the guest: call before state is read or saved. -EINTR: done; a key: an exit
- * that belongs to the same instruction (the next part of a wide MMIO access) wants handling, then settle again. */
+/* Completes a pending access without running the guest: call before state is read or saved. -EINTR: done; a
+ * key: an exit that belongs to the same instruction (the next part of a wide MMIO access) wants handling,
+ * then settle again. */
 int64_t pk_settle(struct pk_vcpu *vcpu);
 /* The bytes of a port exit: run->io.size * run->io.count. */
 void *pk_io_data(struct pk_vcpu *vcpu);
