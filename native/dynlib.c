@@ -4,7 +4,7 @@
 #include <dlfcn.h>
 
 void *pk_dynamic_symbol(const char *library, const char *symbol) {
-    void *handle =
-        dlopen(library, RTLD_NOW | RTLD_LOCAL); /* never closed: the symbol may be used at any time */
+    /* never closed: the symbol may be used at any time */
+    void *handle = dlopen(library, RTLD_NOW | RTLD_LOCAL);
     return handle ? dlsym(handle, symbol) : NULL;
 }

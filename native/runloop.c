@@ -20,8 +20,7 @@ int pk_ioctl_value(int fd, unsigned long request, unsigned long argument) {
     return result < 0 ? -errno : result;
 }
 
-/* -- life
- * ------------------------------------------------------------------------------------------------------ */
+/* -- life ------------------------------------------------------------------------------------------------ */
 
 int pk_vcpu_init(struct pk_vcpu *vcpu, int fd, size_t run_size, size_t coalesced_offset) {
     memset(vcpu, 0, sizeof(*vcpu));
@@ -54,8 +53,7 @@ int pk_vcpu_enable_stats(struct pk_vcpu *vcpu) {
     return 0;
 }
 
-/* -- rings
- * ----------------------------------------------------------------------------------------------------- */
+/* -- rings ----------------------------------------------------------------------------------------------- */
 
 struct pk_ring *pk_ring_new(uint32_t size, int eventfd) {
     struct pk_ring *ring = calloc(1, sizeof(*ring) + size);
@@ -106,8 +104,7 @@ uint32_t pk_ring_drain(struct pk_ring *ring, void *out, uint32_t size) {
     return count;
 }
 
-/* -- exits that C answers
- * -------------------------------------------------------------------------------------- */
+/* -- exits that C answers -------------------------------------------------------------------------------- */
 
 /* One port or MMIO exit, in one shape. */
 struct access {
@@ -172,8 +169,7 @@ static int answer(struct pk_table *table, const struct access *access) {
     return 0;
 }
 
-/* -- statistics
- * ------------------------------------------------------------------------------------------------ */
+/* -- statistics ------------------------------------------------------------------------------------------ */
 
 static uint64_t now_ns(void) {
     struct timespec now;
@@ -195,8 +191,7 @@ static void count_access(struct pk_vcpu *vcpu, const struct access *access) {
     vcpu->stats_lost++;
 }
 
-/* -- the loop
- * -------------------------------------------------------------------------------------------------- */
+/* -- the loop -------------------------------------------------------------------------------------------- */
 
 static void give_answer(struct pk_vcpu *vcpu) {
     if (vcpu->read_into) {
