@@ -92,9 +92,7 @@ def test_tsc_deadline_needs_the_kernels_lapic(in_kernel: bool, capability: bool,
     """TSC deadline appears with KVM's LAPIC and the capability only, x2APIC and APIC with the LAPIC."""
     source = intel()
     leaf(source, 1).ecx &= ~(1 << 24)  # KVM need not list it
-    entries = configure(
-        source, vcpu_index=0, cpus=1, irqchip_in_kernel=in_kernel, tsc_deadline=capability, features=""
-    )
+    entries = configure(source, vcpu_index=0, cpus=1, irqchip_in_kernel=in_kernel, tsc_deadline=capability, features="")
     assert has_feature(entries, "tsc_deadline_timer") is deadline
     assert has_feature(entries, "x2apic") is in_kernel
     assert has_feature(entries, "apic") is in_kernel
@@ -327,16 +325,14 @@ entry_lists = st.lists(
     amd_host=st.booleans(),
     in_kernel=st.booleans(),
 )
-def test_any_host_gives_valid_registers(  # noqa: PLR0917 - hypothesis passes by name
+def test_any_host_gives_valid_registers(
     supported: list[CpuidEntry], cpus: int, data: st.DataObject, tsc_khz: int, amd_host: bool, in_kernel: bool
 ) -> None:
     """Whatever the host reports: registers stay 32-bit, ids are the vCPU's, masking every name works."""
     if amd_host:
         supported = [amd()[0], *supported]
     index = data.draw(st.integers(0, cpus - 1))
-    masks = ",".join(
-        f"-{name}" for name in data.draw(st.lists(st.sampled_from(sorted(FEATURES)), max_size=9))
-    )
+    masks = ",".join(f"-{name}" for name in data.draw(st.lists(st.sampled_from(sorted(FEATURES)), max_size=9)))
     entries = configure(
         supported, vcpu_index=index, cpus=cpus, tsc_khz=tsc_khz, features=masks, irqchip_in_kernel=in_kernel
     )
