@@ -3,6 +3,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export VENV=$PWD/.venv
+# Without cached bytecode every start of Python compiles everything anew: seconds in the lab.
+unset PYTHONDONTWRITEBYTECODE
 
 say() { echo "$(basename "$0"): $*" >&2; }
 
