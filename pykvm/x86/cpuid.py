@@ -168,9 +168,7 @@ def configure(
     return entries
 
 
-def _set_leaf_1(
-    entries: list[CpuidEntry], cpus: int, ident: int, irqchip_in_kernel: bool, tsc_deadline: bool
-) -> None:
+def _set_leaf_1(entries: list[CpuidEntry], cpus: int, ident: int, irqchip_in_kernel: bool, tsc_deadline: bool) -> None:
     leaf = find(entries, 0x1)
     assert leaf is not None
     clflush = leaf.ebx >> 8 & 0xFF or 8  # in 8-byte units

@@ -189,9 +189,7 @@ def _x2apic_name(offset: int) -> str:
     return f"IA32_X2APIC_{name}" if name else ""
 
 
-def power_on(
-    *, firmware: bool = False, vmx: bool = False, microcode: int | None = None
-) -> list[tuple[int, int]]:
+def power_on(*, firmware: bool = False, vmx: bool = False, microcode: int | None = None) -> list[tuple[int, int]]:
     """(index, value) of the MSRs to set before a vCPU first runs; KVM's own defaults do for the rest.
 
     firmware   the guest starts with firmware of its own (which sets the MTRRs itself)
