@@ -32,7 +32,7 @@ from pykvm.core.memory import GuestMemory
 from pykvm.core.outcome import Outcome
 from pykvm.core.vcpu import Vcpu
 from pykvm.core.vmsetup import create_vcpus, create_vm, map_slot
-from pykvm.errors import MachineStateError
+from pykvm.errors import MachineStateError, MissingCapability
 from pykvm.kvm.system import Kvm
 from pykvm.x86 import layout
 
@@ -182,7 +182,10 @@ class Machine:
         Uses KVM's Xen hypercall interception (KVM_XEN_HVM_CONFIG, 4.91 ff.), because KVM itself answers the others;
         KVM's own paravirtual calls (kick, send IPI) are then the hook's business too. `args` are rdi, rsi, rdx, r10,
         r8, r9 in 64-bit mode and ebx, ecx, edx, esi, edi, ebp in 32-bit mode. Must come before the first run.
+        Raises MissingCapability on a kernel without CONFIG_KVM_XEN.
         """
+        if not self.vm.check_extension(lib.KVM_CAP_XEN_HVM) & lib.KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL:
+            raise MissingCapability(["KVM_CAP_XEN_HVM"])
         config = ffi.new("struct kvm_xen_hvm_config *")
         config.flags = lib.KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL
         self.vm.ioctl("KVM_XEN_HVM_CONFIG", config)

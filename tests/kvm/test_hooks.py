@@ -74,6 +74,26 @@ def test_msr_hook_may_refuse() -> None:
         assert vm.vcpus[0].regs.rip == 0x3001
 
 
+def test_hypercalls_reach_the_hook() -> None:
+    """VMMCALL (VMCALL on Intel) is answered by the owner where KVM can intercept it, and refused by name where not."""
+    calls: list[tuple[int, int]] = []
+
+    def hook(vcpu: Vcpu, number: int, arguments: tuple[int, ...]) -> int:
+        calls.append((number, arguments[0]))
+        return 0x4242
+
+    # mov $7, %eax; mov $9, %ebx; vmmcall; hlt: KVM patches the opcode to the host's
+    with machine(b"\x66\xb8\x07\0\0\0\x66\xbb\x09\0\0\0\x0f\x01\xd9\xf4") as vm:
+        if not vm.vm.check_extension(lib.KVM_CAP_XEN_HVM) & lib.KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL:
+            with pytest.raises(MissingCapability, match="KVM_CAP_XEN_HVM"):
+                vm.on_hypercall(hook)
+            return
+        vm.on_hypercall(hook)
+        assert vm.run(timeout=10) == Outcome.HALTED
+        assert vm.vcpus[0].regs.rax == 0x4242
+    assert calls == [(7, 9)]
+
+
 def test_coalesced_writes_come_before_the_next_exit() -> None:
     """Writes to a coalesced range reach the device in order, before any other exit is handled."""
     order: list[str] = []
