@@ -272,6 +272,14 @@ def test_a_signal_before_the_guest_runs(tmp_path: Path) -> None:
         assert errors == b""
 
 
+def test_a_signal_as_soon_as_the_guest_runs(running: Callable[..., subprocess.Popen[bytes]], flood: Path) -> None:
+    """SIGTERM in the moment when the main thread begins to wait is heard as well."""
+    for _ in range(12):
+        process = running("--mem", "1M", flood)
+        process.send_signal(signal.SIGTERM)
+        assert wait(process) == 128 + signal.SIGTERM
+
+
 # -- hosts that cannot -----------------------------------------------------------------------------------------
 
 namespaces = pytest.mark.skipif(
