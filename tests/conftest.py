@@ -15,6 +15,8 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 FOLDER_MARKS = {"kvm": ("kvm",), "guest": ("kvm", "lab")}
+# What is about pykvm's process and its terminal, not about KVM: the lab would only be slower at it
+HOST_ONLY = frozenset({"test_bad_input.py", "test_cli.py", "test_cli_streams.py", "test_terminal.py"})
 KVM_GET_API_VERSION = 0xAE00  # _IO(KVMIO, 0), <linux/kvm.h>
 KVM_API_VERSION = 12
 
@@ -49,6 +51,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(TESTS).parts[0] if item.path.is_relative_to(TESTS) else ""
         for name in FOLDER_MARKS.get(folder, ()):
             item.add_marker(name)
+        if folder == "kvm" and item.path.name in HOST_ONLY:
+            item.add_marker("host")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
