@@ -13,7 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-CONSOLE_SECONDS = 240  # for one expectation; the lab's CPU is emulated and may share its machine
+CONSOLE_SECONDS = 120  # for one expectation; the lab's CPU is emulated and may share its machine
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from pathlib import Path
 
 import pexpect
@@ -20,10 +19,8 @@ if TYPE_CHECKING:
 
 MARKER = "pykvm-initramfs: up"
 PROMPT = "# "
-BOOT_SECONDS = 240  # for one boot; the lab's CPU is emulated and may share its machine
-COMPLAINT = re.compile(r".*(ACPI (BIOS )?(Error|Warning)|ACPI Exception|Unable to|[Ww]arning|BUG:|Call Trace).*")
-# The lab's own CPU: QEMU's TCG does not let SVM intercept XSETBV, so KVM never learns the guest's XCR0
-KNOWN = re.compile(r"XSAVE consistency problem")
+BOOT_SECONDS = 120  # for one boot; the lab's CPU is emulated and may share its machine
+COMPLAINT = re.compile(r".*(ACPI (BIOS )?(Error|Warning)|ACPI Exception).*")
 
 
 def test_boot_to_a_shell_with_two_cpus(
@@ -37,10 +34,10 @@ def test_boot_to_a_shell_with_two_cpus(
     console.expect_exact(PROMPT)
     console.sendline("echo cpus=$(nproc)")
     console.expect_exact("cpus=2")
-    console.sendline("dmesg | grep -iE 'acpi|warn|bug:|call trace' ; echo dmesg-done")
+    console.sendline("dmesg | grep -i acpi; echo dmesg-done")
     console.expect(r"\ndmesg-done")
-    complaints = [line for line in console.before.splitlines() if COMPLAINT.match(line) and not KNOWN.search(line)]
-    assert [line for line in complaints if "grep -iE" not in line] == []
+    assert "ACPI: Interpreter enabled" in console.before
+    assert [line for line in console.before.splitlines() if COMPLAINT.match(line)] == []
     console.sendline("poweroff -f")
     console.expect(pexpect.EOF)
     console.close()
@@ -71,22 +68,16 @@ def test_other_ways_to_boot(
         assert "pykvm-initramfs: status 0" in pc.console.text
 
 
-def test_power_button_and_pvh(guest_kernel: Path, initramfs: Path, tmp_path: Path) -> None:
-    """The unpacked vmlinux boots by its PVH note, and a press of the power button is one ACPI interrupt in it."""
+def test_pvh(guest_kernel: Path, initramfs: Path, tmp_path: Path) -> None:
+    """The unpacked vmlinux boots by its PVH note and powers off."""
     vmlinux = tmp_path / "vmlinux"
     vmlinux.write_bytes(unpacked(guest_kernel))
-    boot = BootConfig(str(vmlinux), initrd=str(initramfs), cmdline="console=ttyS0 quiet")
-    ready = threading.Event()
+    boot = BootConfig(str(vmlinux), initrd=str(initramfs), cmdline="console=ttyS0 quiet pykvm.run=true")
     with Pc(boot, memory="512M") as pc:
         assert pc.boot is not None and pc.boot.protocol == "pvh"
-        pc.console.sink = lambda data: ready.set() if b"# " in data or MARKER.encode() in pc.console.data else None
-        pc.start()
-        assert ready.wait(BOOT_SECONDS), pc.console.text[-2000:]
-        pc.press_power_button()
-        type_line(pc, "sed -n 's/.*acpi$/acpi-line &/p' /proc/interrupts; poweroff -f\n")
-        assert pc.wait(BOOT_SECONDS) == Outcome.POWER_OFF
-        counts = re.search(r"acpi-line\s+9:\s+(\d+)", pc.console.text)
-        assert counts is not None and counts[1] == "1", pc.console.text[-2000:]
+        outcome = pc.run(timeout=BOOT_SECONDS)
+        assert outcome == Outcome.POWER_OFF, (outcome, pc.console.text[-2000:])
+        assert "pykvm-initramfs: status 0" in pc.console.text
 
 
 def unpacked(bzimage: Path) -> bytes:
@@ -99,17 +90,6 @@ def unpacked(bzimage: Path) -> bytes:
 
     unpack(payload, lambda head: sink)
     return bytes(whole)
-
-
-def type_line(pc: Pc, text: str) -> None:
-    """Feed `text` to COM1 as fast as the guest takes it."""
-    left = [text.encode()]
-
-    def feed() -> None:
-        left[0] = left[0][pc.serial[0].receive(left[0]) :]
-
-    pc.serial[0].on_rx_space = lambda: pc.io.call_soon(feed)
-    pc.io.call_soon(feed)
 
 
 def test_memtest_starts(start: Callable[..., pexpect.spawn[str]]) -> None:
