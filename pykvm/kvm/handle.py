@@ -20,6 +20,7 @@ ADVICE = {
     ("KVM_CREATE_VM", errno.EBUSY): "another hypervisor (VirtualBox, VMware) holds VT-x or AMD-V: unload its module",
     ("KVM_CREATE_VM", errno.EMFILE): "too many open files: raise `ulimit -n` or close machines",
     ("KVM_CREATE_VM", errno.EINVAL): "this KVM does not know the VM type that was asked for",
+    ("KVM_CREATE_VCPU", errno.EMFILE): "too many open files: raise `ulimit -n` or close machines",
     ("KVM_CREATE_VCPU", errno.EEXIST): "this vCPU id exists already",
     ("KVM_CREATE_VCPU", errno.EINVAL): "the vCPU id is above KVM_CAP_MAX_VCPU_ID, or there are too many vCPUs",
     ("KVM_CREATE_IRQCHIP", errno.EEXIST): "the irqchip exists already",
