@@ -146,10 +146,11 @@ def alternate(
     """A B C A B C ...: for each candidate the series of each quantity that `once` gives."""
     taken: dict[str, dict[str, list[float]]] = {candidate.name: {} for candidate in candidates}
     for number in range(1, rounds + 1):
-        say(f"round {number} of {rounds}")
         for candidate in candidates:
-            for quantity, value in once(candidate).items():
+            found = once(candidate)
+            for quantity, value in found.items():
                 taken[candidate.name].setdefault(quantity, []).append(value)
+            say(f"round {number} of {rounds}: {candidate.name} {next(iter(found.values())):.2f}")
     return {name: {key: Series(values) for key, values in kinds.items()} for name, kinds in taken.items()}
 
 
