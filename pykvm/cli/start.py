@@ -5,7 +5,16 @@ from __future__ import annotations
 import sys
 
 # `signal` itself would import enum
-from _signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, getsignal, signal  # type: ignore[import-not-found]
+from _signal import (  # type: ignore[import-not-found]
+    SIG_DFL,
+    SIG_IGN,
+    SIGHUP,
+    SIGINT,
+    SIGTERM,
+    default_int_handler,
+    getsignal,
+    signal,
+)
 from time import monotonic
 
 from pykvm import log
@@ -102,30 +111,30 @@ PARSER = Parser(
 SIGNAL_LAG_S = 0.2
 
 
-class _Ended(BaseException):
-    """A signal came before there was a machine. Not an Exception, so that nothing on the way swallows it."""
-
-
 class _Signals:
     """SIGINT, SIGTERM and SIGHUP: the first one ends the machine in order; later ones do not cut that short.
 
-    Once there is a machine the handler raises nothing: an exception in the middle of a lock would break the lock.
+    The handler raises nothing: an exception in the middle of a lock would break the lock. Until `watch` there is
+    nothing to tidy up, so they just end the process.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        self.stop: Callable[[], None] | None = None
+        self._stop: Callable[[], None]
+        if getsignal(SIGINT) is default_int_handler:
+            signal(SIGINT, SIG_DFL)
+
+    def watch(self, stop: Callable[[], None]) -> None:
+        """Call `stop` (a short function that takes no lock that the main thread holds) at the first signal."""
+        self._stop = stop
         for number in (SIGINT, SIGTERM, SIGHUP):
             if getsignal(number) != SIG_IGN:  # as nohup and a shell's & want it
                 signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.number:
-            return
-        self.number = number
-        if self.stop is None:
-            raise _Ended
-        self.stop()
+        if not self.number:
+            self.number = number
+            self._stop()
 
 
 def run(argv: list[str]) -> int:
@@ -141,14 +150,9 @@ def run(argv: list[str]) -> int:
     from pykvm.board import Pc
 
     signals = _Signals()
-    try:
-        # Pc closes itself when its constructor fails
-        with Pc(
-            boot, config, serial_ports=len(serial), debug_exit=values["debug_exit"], testdev=values["testdev"]
-        ) as pc:
-            return _session(pc, serial, values, signals)
-    except _Ended:
-        return 128 + signals.number
+    # Pc closes itself when its constructor fails
+    with Pc(boot, config, serial_ports=len(serial), debug_exit=values["debug_exit"], testdev=values["testdev"]) as pc:
+        return _session(pc, serial, values, signals)
 
 
 def _configs(values: dict[str, Any], rest: list[str]) -> tuple[BootConfig, MachineConfig]:
@@ -196,7 +200,7 @@ def _session(pc: Pc, plan: list[str], values: dict[str, Any], signals: _Signals)
             port.hurry()
         pc.stop_soon()
 
-    signals.stop = stop
+    signals.watch(stop)
     try:
         for index, where in enumerate(plan):
             ports.append(open_serial(pc, index, where))
