@@ -270,7 +270,7 @@ def test_a_signal_before_the_guest_runs(tmp_path: Path) -> None:
         time.sleep(delay * (20 if IN_LAB else 1))
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=SECONDS)
-        assert process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM)
+        assert process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM), errors.decode()
         assert errors == b""
 
 
