@@ -291,7 +291,9 @@ int64_t pk_settle(struct pk_vcpu *vcpu) {
     uint64_t kicks = __atomic_load_n(&vcpu->kicks, __ATOMIC_SEQ_CST);
     __atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
     int64_t key = pk_run(vcpu);
-    if (key != -EINTR)
+    if (key == -EINTR)
+        vcpu->exits[KVM_EXIT_INTR]--; /* our own, no exit of the guest's */
+    else
         __atomic_store_n(&vcpu->run->immediate_exit, 0, __ATOMIC_SEQ_CST);
     if (__atomic_load_n(&vcpu->kicks, __ATOMIC_SEQ_CST) !=
         kicks) /* ours ate a kick of somebody else: put it back */

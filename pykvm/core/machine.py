@@ -356,8 +356,7 @@ class Machine:
                 waiting = [vcpu for vcpu in self.vcpus if self._active and not vcpu.running]
                 for vcpu in waiting:
                     vcpu.running = True
-            for vcpu in waiting:
-                vcpu.resume()
+                    vcpu.resume()  # under the lock: another vCPU's end must not post its pause before this
 
     def _end(self, outcome: Outcome | None, error: BaseException | None = None) -> None:
         """Record the run's end, under `_changed`: the first one counts."""

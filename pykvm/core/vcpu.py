@@ -219,7 +219,7 @@ class Vcpu:
                 outcome = self._run_guest()
                 if outcome is None and self._told_to_stop():
                     break
-            outcome = outcome or self.settle()
+            outcome = self._settled(outcome)
         except PykvmError as problem:
             error = problem
         except BaseException as problem:
@@ -293,8 +293,15 @@ class Vcpu:
                 result.port = key >> PORT_SHIFT & 0xFFFF
             else:
                 result.address = self.state.address
-        result.outcome = result.outcome or self.settle()
+        result.outcome = self._settled(result.outcome)
         return result
+
+    def _settled(self, outcome: Outcome | None) -> Outcome | None:
+        """`outcome`, after completing the access that gave it. After a crash kvm_run still has to say why: leave it."""
+        if outcome is not None and outcome.kind in ("CRASH", "TRIPLE_FAULT"):
+            return outcome
+        following = self.settle()
+        return outcome or following
 
     def settle(self) -> Outcome | None:
         """Complete a pending access without running the guest, so that the registers are those after the instruction.

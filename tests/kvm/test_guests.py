@@ -413,7 +413,6 @@ def test_c_answers_the_console(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(writes) - with_c >= len(PAGING)
 
 
-@pytest.mark.xfail(reason="Machine.thaw: a pause overtakes the start of a vCPU", strict=False)
 def test_an_end_at_once_stops_every_cpu(tmp_path: Path) -> None:
     """A guest that ends while its other CPUs are still being started leaves none of them running."""
     image = tmp_path / "image.bin"
