@@ -351,12 +351,11 @@ class Machine:
 
     def thaw(self) -> None:
         """Undo `freeze`, unless the run was ended or paused meanwhile."""
-        with self._control:
-            with self._changed:
-                waiting = [vcpu for vcpu in self.vcpus if self._active and not vcpu.running]
-                for vcpu in waiting:
-                    vcpu.running = True
-                    vcpu.resume()  # under the lock: another vCPU's end must not post its pause before this
+        with self._control, self._changed:
+            waiting = [vcpu for vcpu in self.vcpus if self._active and not vcpu.running]
+            for vcpu in waiting:
+                vcpu.running = True
+                vcpu.resume()  # under the lock: another vCPU's end must not post its pause before this
 
     def _end(self, outcome: Outcome | None, error: BaseException | None = None) -> None:
         """Record the run's end, under `_changed`: the first one counts."""
