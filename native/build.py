@@ -1,7 +1,8 @@
 """Builds pykvm._native by cffi in API mode: the C compiler supplies every number, size and offset.
 
-`kvm.cdef.h` lists the structures by field name. The KVM_* constants are taken from the installed <linux/kvm.h> by
-asking the preprocessor for all its macros, so a newer header brings its new capabilities and exit reasons by itself.
+`kvm.cdef.h` lists the structures by field name. The constants (KVM_*, VIRTIO_*, ...) are taken from the installed
+headers by asking the preprocessor for all their macros, so a newer header brings its new capabilities and exit reasons
+by itself.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-SOURCES = ("runloop.c", "kick.c", "dynlib.c")
+SOURCES = ("runloop.c", "kick.c", "dynlib.c", "virtio.c")
+LOCAL_HEADERS = ("runloop.h", "dynlib.h", "virtio.h")
+
+HEADERS = ("linux/kvm.h", "linux/virtio_config.h", "linux/virtio_ids.h", "linux/virtio_mmio.h", "linux/virtio_ring.h")
+INCLUDES = "".join(f"#include <{name}>\n" for name in HEADERS)
+PREFIXES = ("KVM_", "VIRTIO_", "VRING_")
 
 TYPES = """
 typedef uint8_t __u8; typedef uint16_t __u16; typedef uint32_t __u32; typedef unsigned long long __u64;
@@ -34,23 +40,23 @@ def compile_c(*arguments: str, source: str) -> subprocess.CompletedProcess[str]:
 
 
 def header_macros() -> list[str]:
-    """The names of all object-like macros after including <linux/kvm.h>."""
-    listing = compile_c("-E", "-dM", source="#include <linux/kvm.h>\n")
+    """The names of all object-like macros after including HEADERS."""
+    listing = compile_c("-E", "-dM", source=INCLUDES)
     if listing.returncode:
-        raise SystemExit(f"cannot read <linux/kvm.h> (Debian package linux-libc-dev):\n{listing.stderr}")
+        raise SystemExit(f"cannot read the kernel's headers (Debian package linux-libc-dev):\n{listing.stderr}")
     return re.findall(r"^#define (\w+) .", listing.stdout, re.MULTILINE)
 
 
-def kvm_constants(macros: list[str]) -> list[str]:
-    """The KVM_* macros that are integer constants on x86.
+def constants_of(macros: list[str]) -> list[str]:
+    """The macros with one of PREFIXES that are integer constants on x86.
 
-    The header also holds other architectures' ioctls, whose structures do not exist here: the compiler says which.
+    <linux/kvm.h> also holds other architectures' ioctls, whose structures do not exist here: the compiler says which.
     """
-    names = sorted(name for name in macros if name.startswith("KVM_"))
-    lines = ["#include <linux/kvm.h>", *(f"int p_{name}[1 + 0 * (long long)({name})];" for name in names)]
+    names = sorted(name for name in macros if name.startswith(PREFIXES))
+    lines = [*INCLUDES.splitlines(), *(f"int p_{name}[1 + 0 * (long long)({name})];" for name in names)]
     probe = compile_c("-fsyntax-only", "-w", "-fmax-errors=0", source="\n".join(lines) + "\n")
     broken = {int(line) for line in re.findall(r"^<stdin>:(\d+):\d+: error", probe.stderr, re.MULTILINE)}
-    return [name for number, name in enumerate(names, start=2) if number not in broken]
+    return [name for number, name in enumerate(names, start=1 + len(HEADERS)) if number not in broken]
 
 
 def select(source: str, macros: list[str]) -> str:
@@ -70,15 +76,15 @@ def select(source: str, macros: list[str]) -> str:
 def make_builder() -> FFI:
     """The configured cffi builder."""
     macros = header_macros()
-    constants = "\n".join(f"#define {name} ..." for name in kvm_constants(macros))
+    constants = "\n".join(f"#define {name} ..." for name in constants_of(macros))
     builder = FFI()
     builder.cdef(TYPES + constants + "\n" + select((HERE / "kvm.cdef.h").read_text(), macros))
     builder.set_source(
         "pykvm._native",
-        '#include <sys/mman.h>\n#include <linux/kvm.h>\n#include "runloop.h"\n#include "dynlib.h"\n',
+        "#include <sys/mman.h>\n" + INCLUDES + "".join(f'#include "{name}"\n' for name in LOCAL_HEADERS),
         sources=[os.path.relpath(HERE / name, ROOT) for name in SOURCES],
         include_dirs=[os.path.relpath(HERE, ROOT)],
-        depends=[os.path.relpath(HERE / name, ROOT) for name in ("runloop.h", "dynlib.h", "kvm.cdef.h")],
+        depends=[os.path.relpath(HERE / name, ROOT) for name in (*LOCAL_HEADERS, "kvm.cdef.h")],
         # -Wno-unused-parameter: cffi's own wrappers of functions without arguments
         extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"],
     )

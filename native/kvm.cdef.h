@@ -127,7 +127,7 @@ struct kvm_run {
 
 /* -- the hot loop (runloop.h) ---------------------------------------------------------------------------------- */
 struct pk_ring { uint32_t size; uint64_t appended; ...; };
-struct pk_action { uint64_t base, len; uint8_t mmio, write, kind; uint8_t enabled; uint64_t value; uint64_t hits; struct pk_ring *ring; ...; };
+struct pk_action { uint64_t base, len; uint8_t mmio, write, kind; uint8_t enabled; uint64_t value; uint64_t hits; struct pk_ring *ring; uint32_t *word; ...; };
 struct pk_table { struct pk_action **actions; uint32_t count; };
 struct pk_stat { uint64_t address; uint64_t reads, writes; uint8_t mmio; ...; };
 struct pk_vcpu {
@@ -151,6 +151,8 @@ struct pk_vcpu {
 #define PK_APPEND ...
 #define PK_CONSTANT ...
 #define PK_COUNT ...
+#define PK_LOAD ...
+#define PK_CLEAR ...
 #define PK_KEY_WRITE ...
 #define PK_KEY_SIZE_SHIFT ...
 #define PK_KEY_STRING ...
@@ -180,3 +182,8 @@ void *pk_dynamic_symbol(const char *library, const char *symbol);
 int pk_kick_init(int signal_offset);
 int pk_kick(struct pk_vcpu *vcpu);
 void pk_thread_init(void);
+
+/* -- virtio (virtio.h) ----------------------------------------------------------------------------------------- */
+void pk_fence(void);
+uint32_t pk_word_or(uint32_t *word, uint32_t bits);
+uint32_t pk_word_and(uint32_t *word, uint32_t bits);

@@ -133,6 +133,17 @@ static struct access decode(struct kvm_run *run) {
     };
 }
 
+static void exchange_word(struct pk_action *action, const struct access *access) {
+    uint32_t bits;
+    if (action->kind == PK_LOAD) {
+        bits = __atomic_load_n(action->word, __ATOMIC_SEQ_CST);
+        memcpy(access->data, &bits, sizeof(bits));
+    } else {
+        memcpy(&bits, access->data, sizeof(bits));
+        __atomic_and_fetch(action->word, ~bits, __ATOMIC_SEQ_CST);
+    }
+}
+
 static int perform(struct pk_action *action, const struct access *access) {
     switch (action->kind) {
     case PK_APPEND: /* a wide write is a byte to a byte-wide register at that address: the others are not the
@@ -147,6 +158,12 @@ static int perform(struct pk_action *action, const struct access *access) {
             memcpy(access->data + (size_t)i * access->size, &action->value, access->size);
         break;
     case PK_COUNT:
+        break;
+    case PK_LOAD:
+    case PK_CLEAR:
+        if (access->size != sizeof(*action->word) || access->count != 1)
+            return 0;
+        exchange_word(action, access);
         break;
     default:
         return 0;

@@ -18,6 +18,8 @@ enum {
     PK_APPEND = 1,    /* write: append the bytes to a ring (a console) */
     PK_CONSTANT = 2,  /* read: answer with a constant (a status register) */
     PK_COUNT = 3,     /* write: count it and go on (a doorbell nobody listens to, a POST code port) */
+    PK_LOAD = 4,      /* four-byte read: answer with *word (an interrupt status register) */
+    PK_CLEAR = 5,     /* four-byte write: clear these bits of *word (an interrupt acknowledge register) */
 };
 
 /* Bytes that guests wrote and Python has not taken yet. Shared by all vCPUs of a machine. */
@@ -38,6 +40,7 @@ struct pk_action {
     uint64_t value;
     uint64_t hits;
     struct pk_ring *ring;
+    uint32_t *word; /* of PK_LOAD and PK_CLEAR; changed by atomic operations alone */
 };
 
 struct pk_table {

@@ -23,6 +23,7 @@ from pykvm.devices.ports import PostCode, SystemControlA, SystemControlB
 from pykvm.devices.pvpanic import PvPanic
 from pykvm.devices.rtc import Rtc
 from pykvm.devices.serial import LSR, LSR_IDLE, THR, Serial
+from pykvm.errors import ConfigError
 from pykvm.x86 import layout
 from pykvm.x86.acpi import build_acpi, build_image
 from pykvm.x86.mptable import build_mptable
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
     from pykvm.core.device import Device
     from pykvm.kvm.system import Kvm
+    from pykvm.virtio.device import VirtioDevice
+    from pykvm.virtio.mmio import VirtioMmio
 
 
 KVM_PAGES = (layout.IDENTITY_MAP, 4 * layout.PAGE_SIZE, E820_RESERVED)  # the identity map and KVM's TSS
@@ -68,6 +71,8 @@ class Pc(Machine):
     serial_ports  how many of COM1 to COM4 exist; their output goes to `console`, see connect_serial
     debug_exit    isa-debug-exit at port 0xf4
     testdev       the PC test device that kernel test suites drive
+    devices       virtio devices, each on a virtio-mmio transport of its own (see `virtio`)
+    virtio_cmdline   announce them on the kernel's command line instead of by ACPI
     config, options   as for Machine
 
     Raises what Machine raises, and ImageError for a file that cannot be booted.
@@ -81,6 +86,8 @@ class Pc(Machine):
         serial_ports: int = 1,
         debug_exit: bool = True,
         testdev: bool = False,
+        devices: Sequence[VirtioDevice] = (),
+        virtio_cmdline: bool = False,
         kvm: Kvm | None = None,
         **options: object,
     ) -> None:
@@ -97,7 +104,10 @@ class Pc(Machine):
             pci=self.boot_config is not None and self.boot_config.bios is not None,
             fw_cfg=True,
             pvpanic=True,
+            virtio=0 if virtio_cmdline else len(devices),
         )
+        self._virtio_cmdline = virtio_cmdline
+        self.virtio: list[VirtioMmio] = []
         self.serial: list[Serial] = []
         self._serial_sinks: list[_SerialSink] = []
         try:
@@ -109,12 +119,16 @@ class Pc(Machine):
             self._attach_firmware_interface()
             if testdev:
                 self._attach_testdev()
+            for device in devices:
+                self._attach_virtio(device)
             if self.boot_config is not None and self.boot_config.bios is not None:
                 self._offer_to_firmware(self.boot_config)
             self.on_reset.append(self._load)
             self._load()
         except BaseException:
             self.close()
+            for device in devices[len(self.virtio) :]:
+                device.close()
             raise
 
     # -- devices ------------------------------------------------------------------------------------------------
@@ -204,6 +218,23 @@ class Pc(Machine):
         window = range(layout.TESTDEV_MMIO, layout.TESTDEV_MMIO + layout.TESTDEV_MMIO_SIZE)
         self.attach(device.iomem, mmio=window)
 
+    def _attach_virtio(self, device: VirtioDevice) -> None:
+        from pykvm.virtio.mmio import VirtioMmio
+
+        index = len(self.virtio)
+        if self.config.irqchip == "none":
+            raise ConfigError("irqchip", f"{device.name} interrupts through an irqfd: it needs kernel or split")
+        if index >= len(layout.VIRTIO_GSIS):
+            raise ConfigError("devices", f"{device.name} is one more than the {index} virtio devices that fit")
+        base = layout.VIRTIO_MMIO_BASE + index * layout.VIRTIO_MMIO_SIZE
+        transport = VirtioMmio(device, self.memory, self.io, base=base, gsi=layout.VIRTIO_GSIS[index])
+        self.virtio.append(transport)
+        self.attach(transport, mmio=range(base, base + layout.VIRTIO_MMIO_SIZE))
+        if self.config.c_actions:
+            transport.answer_in_c(self.actions)
+        self.on_connect.append(transport.connect)
+        transport.connect(self.vm)
+
     def _flush_page(self, gpa: int) -> None:
         """Make the guest fault the page in again, by dropping KVM's mapping of its slot."""
         slot = self.memory.slot_at(gpa)
@@ -254,13 +285,20 @@ class Pc(Machine):
             mode=boot.mode,
             entry=boot.entry,
             load_addr=boot.load_addr,
-            cmdline=boot.cmdline,
+            cmdline=self._cmdline(boot),
             initrd=ImageFile(boot.initrd) if boot.initrd is not None else None,
             modules=[Module(ImageFile(path), arguments) for path, arguments in boot.modules],
             e820=self.e820(),
             rsdp=rsdp,
             unpack=boot.unpack,
         )
+
+    def _cmdline(self, boot: BootConfig) -> str:
+        """The kernel's command line, with the virtio devices where ACPI does not name them (virtio 1.2, 4.2.1)."""
+        words = [boot.cmdline] if boot.cmdline else []
+        if self._virtio_cmdline:
+            words += [f"virtio_mmio.device=4K@{each.base:#x}:{each.gsi}" for each in self.virtio]
+        return " ".join(words)
 
     def _write_tables(self) -> int:
         """ACPI and MP tables where firmware would leave them; the RSDP's GPA, 0 if there is no room for any."""
@@ -282,7 +320,8 @@ class Pc(Machine):
             from pykvm.boot.fwlinux import split_for_firmware
 
             initrd = ImageFile(boot.initrd) if boot.initrd is not None else None
-            parts = split_for_firmware(ImageFile(boot.kernel), cmdline=boot.cmdline, initrd=initrd, e820=self.e820())
+            cmdline = self._cmdline(boot)
+            parts = split_for_firmware(ImageFile(boot.kernel), cmdline=cmdline, initrd=initrd, e820=self.e820())
             self.fw_cfg.add_linux(**parts)
             for path in OPTION_ROMS:
                 if os.path.exists(path):  # SeaBIOS boots the kernel by this ROM; qboot does it itself

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pykvm.board import Pc
     from pykvm.cli.serialport import SerialPort
     from pykvm.core.outcome import Outcome
+    from pykvm.virtio.device import VirtioDevice
 
 
 def _seconds(text: str) -> float:
@@ -84,6 +85,7 @@ OPTIONS = (
     Option("--serial", "WHERE", "COM1, and repeated COM2 to COM4: stdio, file:PATH, pty or none", many=True),
     Option("--debug-exit", "", "isa-debug-exit at port 0xf4: the guest's write ends the run with its code"),
     Option("--testdev", "", "the PC test device of kernel test suites"),
+    Option("--virtio-cmdline", "", "announce virtio devices on the kernel's command line instead of by ACPI"),
     Option("--timeout", "S", "stop after S seconds with status 124", convert=_seconds),
     Option("--stats", "", "print exit statistics at the end"),
     Option("--json", "", "print one JSON document with outcome and console instead of the console"),
@@ -104,6 +106,10 @@ PARSER = Parser(
         "2 wrong usage; 4 this host cannot run it; 6 the guest crashed; 124 timeout; 128 + N ended by signal N."
     ),
 )
+
+
+# The options that make virtio devices; pykvm.cli.devices knows what their values mean.
+DEVICE_OPTIONS: tuple[str, ...] = ()
 
 
 # The longest time from a signal to its handler: Python runs the handler between two bytecodes, so that a signal in the
@@ -151,7 +157,15 @@ def run(argv: list[str]) -> int:
 
     signals = _Signals()
     # Pc closes itself when its constructor fails
-    with Pc(boot, config, serial_ports=len(serial), debug_exit=values["debug_exit"], testdev=values["testdev"]) as pc:
+    with Pc(
+        boot,
+        config,
+        serial_ports=len(serial),
+        debug_exit=values["debug_exit"],
+        testdev=values["testdev"],
+        devices=_devices(values),
+        virtio_cmdline=values["virtio_cmdline"],
+    ) as pc:
         return _session(pc, serial, values, signals)
 
 
@@ -177,6 +191,14 @@ def _configs(values: dict[str, Any], rest: list[str]) -> tuple[BootConfig, Machi
         firmware=values["bios"] is not None,
     )
     return boot, config
+
+
+def _devices(values: dict[str, Any]) -> list[VirtioDevice]:
+    if not any(values[key] for key in DEVICE_OPTIONS):
+        return []
+    from pykvm.cli.devices import make_devices
+
+    return make_devices(values)
 
 
 def _serial_plan(wanted: list[str], *, capture: bool) -> list[str]:

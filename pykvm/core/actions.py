@@ -94,6 +94,14 @@ class ActionTable:
         """Writes inside `addresses` are counted and dropped."""
         return self._add(lib.PK_COUNT, addresses, mmio, True)
 
+    def load(self, address: int, word: CData, *, mmio: bool = False) -> Action:
+        """Four-byte reads of `address` give *word (a uint32_t * that lives as long as the table)."""
+        return self._add(lib.PK_LOAD, range(address, address + 4), mmio, False, word=word)
+
+    def clear(self, address: int, word: CData, *, mmio: bool = False) -> Action:
+        """Four-byte writes to `address` clear those bits of *word."""
+        return self._add(lib.PK_CLEAR, range(address, address + 4), mmio, True, word=word)
+
     def _add(
         self,
         kind: int,
@@ -103,10 +111,12 @@ class ActionTable:
         *,
         value: int = 0,
         ring: Ring | None = None,
+        word: CData = ffi.NULL,
     ) -> Action:
         entry = ffi.new("struct pk_action *")
         entry.base, entry.len, entry.kind = addresses.start, len(addresses), kind
         entry.mmio, entry.write, entry.value = mmio, write, value
+        entry.word = word
         if ring is not None:
             entry.ring = ring.handle
         entry.enabled = 1

@@ -71,6 +71,7 @@ class Machine:
         self.io = IoThread("pykvm-io", self._failed)
         self.memory = GuestMemory(memfd=self.config.memfd, hugepages=self.config.hugepages)
         self.vcpus = [Vcpu(index, self) for index in range(self.config.cpus)]
+        self.on_connect: list[Callable[[VmFd], object]] = []  # for each new KVM VM: at once, and after each reset
         self.on_reset: list[Callable[[], object]] = []
         self.on_close: list[Callable[[], object]] = []
         self._control = threading.RLock()
@@ -107,6 +108,8 @@ class Machine:
             map_slot(self._vm, slot)
         self.irqs.connect(self._vm)
         create_vcpus(self._vm, self.kvm, self.config, self.vcpus)
+        for hook in self.on_connect:
+            hook(self._vm)
 
     def _disconnect(self) -> None:
         fds = [fd for vcpu in self.vcpus for fd in vcpu.disconnect()]

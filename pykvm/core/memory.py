@@ -151,6 +151,18 @@ class GuestMemory:
         offset = gpa - slot.gpa
         return slot.view[offset : offset + length]
 
+    def views(self, gpa: int, length: int, *, write: bool = True) -> list[memoryview]:
+        """Views of [gpa, gpa + length), one for each slot that holds a part of it, for devices that move data.
+
+        With `write` every part must lie in a slot that the guest may write, too.
+        """
+        found = []
+        for slot, at, part in self._pieces(gpa, length):
+            if write and slot.readonly:
+                raise GuestAddressError(gpa, length, "is read-only")
+            found.append(slot.view[at : at + part])
+        return found
+
     def read(self, gpa: int, length: int) -> bytes:
         """A copy of [gpa, gpa + length)."""
         pieces = list(self._pieces(gpa, length))

@@ -35,6 +35,7 @@ def definition_block(platform: Platform) -> AML:
     )
     devices = [make() for present, make in optional if present]
     devices += [serial_port(index) for index in platform.serial]
+    devices += [virtio_mmio(index) for index in range(platform.virtio)]
     s5 = aml.package(aml.integer(S5_SLP_TYP), aml.integer(S5_SLP_TYP), aml.integer(0), aml.integer(0))
     return aml.name("\\_S5", s5) + aml.scope("\\_SB", *devices, *platform.extra)
 
@@ -109,6 +110,21 @@ def pvpanic_device() -> AML:
         aml.name("_HID", aml.string("QEMU0001")),
         aml.name("_STA", aml.integer(0x0B)),
         _resources(aml.io(layout.PORT_PVPANIC, 1)),
+    )
+
+
+def virtio_mmio(index: int) -> AML:
+    """LNRO0005: the window of registers and the interrupt of one virtio-mmio device (_CCA: its DMA is coherent)."""
+    base = layout.VIRTIO_MMIO_BASE + index * layout.VIRTIO_MMIO_SIZE
+    return aml.device(
+        f"VR{index:02X}",
+        aml.name("_HID", aml.string("LNRO0005")),
+        aml.name("_UID", aml.integer(index)),
+        aml.name("_CCA", aml.integer(1)),
+        _resources(
+            aml.memory32_fixed(base, layout.VIRTIO_MMIO_SIZE),
+            aml.interrupt(layout.VIRTIO_GSIS[index], edge=True),
+        ),
     )
 
 

@@ -52,7 +52,7 @@ HIGH_RAM = 0x1_0000_0000
 
 # -- MMIO ------------------------------------------------------------------------------------------------------
 VIRTIO_MMIO_BASE = 0xD000_0000
-VIRTIO_MMIO_SIZE = 0x1000
+VIRTIO_MMIO_SIZE = 0x1000  # of device n's window, at VIRTIO_MMIO_BASE + n * VIRTIO_MMIO_SIZE
 IOAPIC = 0xFEC0_0000
 IOAPIC_SIZE = 0x100
 LAPIC = 0xFEE0_0000
@@ -96,4 +96,5 @@ IRQ_ACPI = 9
 IRQ_MOUSE = 12
 PIT_PIN = 2  # the IOAPIC input (and GSI) of ISA interrupt 0, as on every PC
 IOAPIC_PINS = 24
-VIRTIO_GSI_BASE = 16
+# One edge-triggered GSI for each virtio device: those above the ISA interrupts, then ISA ones that nothing here uses.
+VIRTIO_GSIS = (16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 10, 11, 13, 14, 15)

@@ -16,13 +16,14 @@ class Platform:
     ioapic     one IOAPIC with layout.IOAPIC_PINS inputs at layout.IOAPIC
     pic        a pair of 8259s as well (the PC-AT compatibility flag)
     serial     the UARTs present, as indexes of layout.SERIAL_PORTS
+    virtio     how many virtio-mmio devices there are, at layout.VIRTIO_MMIO_BASE
     keyboard, mouse, rtc, pci, fw_cfg, pvpanic   whether these are there
     extra      further AML terms for the scope \\_SB
     """
 
     __slots__ = (
         "apic_ids", "extra", "fw_cfg", "ioapic", "keyboard", "mouse",
-        "pci", "pic", "pvpanic", "rtc", "serial",
+        "pci", "pic", "pvpanic", "rtc", "serial", "virtio",
     )  # fmt: skip
 
     def __init__(
@@ -38,6 +39,7 @@ class Platform:
         pci: bool = True,
         fw_cfg: bool = False,
         pvpanic: bool = False,
+        virtio: int = 0,
         extra: Sequence[AML] = (),
     ) -> None:
         self.apic_ids = tuple(apic_ids)
@@ -50,4 +52,5 @@ class Platform:
         self.pci = pci
         self.fw_cfg = fw_cfg
         self.pvpanic = pvpanic
+        self.virtio = virtio
         self.extra = tuple(extra)

@@ -39,7 +39,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "pykvm.core.vmsetup",
         "pykvm.debug",
     ),
-    "what exists": ("pykvm.boot", "pykvm.devices"),
+    "what exists": ("pykvm.boot", "pykvm.devices", "pykvm.virtio"),
     "the board": ("pykvm.board",),
     "verbs that front ends share": ("pykvm.control",),
     "people and programs": ("pykvm.cli", "pykvm.__main__", "pykvm"),

@@ -1,0 +1,51 @@
+"""The options of `pykvm start` that make virtio devices, and the words of their values. Layer: cli.
+
+Loaded only when such an option is given: it may import what it likes.
+"""
+
+from __future__ import annotations
+
+from pykvm.errors import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from pykvm.virtio.device import VirtioDevice
+
+# option key -> function(its text) -> device; in the order in which the devices are put on the machine
+MAKERS: dict[str, Callable[[str], VirtioDevice]] = {}
+
+
+def make_devices(values: dict[str, Any]) -> list[VirtioDevice]:
+    """The devices that the parsed options ask for. Raises UsageError, and then none is left open."""
+    devices: list[VirtioDevice] = []
+    try:
+        for key, make in MAKERS.items():
+            given = values.get(key)
+            texts = given if isinstance(given, list) else [given] if given else []
+            devices += [make("" if text is True else text) for text in texts]
+    except BaseException:
+        for device in devices:
+            device.close()
+        raise
+    return devices
+
+
+def split_spec(option: str, text: str, flags: tuple[str, ...], keys: tuple[str, ...]) -> tuple[str, dict[str, str]]:
+    """`FIRST[,flag][,key=value]...` as (FIRST, {flag: "", key: value}); a comma in FIRST is written twice.
+
+    Raises UsageError with the words that `option` knows.
+    """
+    first, *rest = text.replace(",,", "\0").split(",")
+    words: dict[str, str] = {}
+    for word in rest:
+        key, equals, value = word.replace("\0", ",").partition("=")
+        if key in words:
+            raise UsageError(f"{option}: {key} is given twice in {text!r}")
+        if key not in (keys if equals else flags):
+            known = ", ".join([*flags, *(f"{name}=..." for name in keys)])
+            raise UsageError(f"{option}: {word!r} is none of {known or 'nothing: it takes no options'}")
+        words[key] = value
+    return first.replace("\0", ","), words

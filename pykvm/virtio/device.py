@@ -1,0 +1,108 @@
+"""What a virtio device is: id, features, configuration, and a handler that gets requests. Layer: virtio.
+
+A device is a class; this one answers each request with its text in capitals:
+
+    class Shout(VirtioDevice):
+        device_id = 0x30
+        queue_sizes = (64,)
+
+        def on_request(self, queue: Virtqueue, chain: Chain) -> int | None:
+            return chain.write(chain.read().upper())
+
+`Pc(kernel, devices=[Shout()])` puts it on a virtio-mmio transport. Handlers run on the machine's I/O thread under the
+transport's lock, one at a time; register and configuration accesses come from vCPU threads under the same lock. A
+handler may raise DriverFault: the device then stops with NEEDS_RESET. Any other exception stops the machine and
+reaches whoever waits for it.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pykvm.core.iothread import IoThread
+    from pykvm.core.memory import GuestMemory
+    from pykvm.virtio.chain import Chain
+    from pykvm.virtio.mmio import VirtioMmio
+    from pykvm.virtio.queue import Virtqueue
+
+
+class VirtioDevice:
+    """Base class of virtio devices.
+
+    name         in messages and statistics
+    device_id    virtio 1.2, 5: VIRTIO_ID_* of the kernel header
+    features     device-specific feature bits offered; the transport adds VERSION_1, INDIRECT_DESC and EVENT_IDX
+    queue_sizes  the maximum size of each queue, powers of two up to 1024
+    external     a back end in another process serves the queues: nothing here polls their kick eventfds
+    """
+
+    name = "virtio"
+    device_id = 0
+    features = 0
+    queue_sizes: Sequence[int] = ()
+    external = False
+
+    transport: VirtioMmio  # set by `bind`
+    io: IoThread
+    memory: GuestMemory
+    queues: list[Virtqueue]
+
+    def bind(self, transport: VirtioMmio) -> None:
+        """The device was put on a transport: before the first run, once."""
+        self.transport = transport
+        self.io, self.memory, self.queues = transport.io, transport.memory, transport.queues
+
+    # -- what a device overrides --------------------------------------------------------------------------------
+
+    def config(self) -> bytes:
+        """The device's configuration space as it is now (virtio 1.2, 2.5); reads past its end give zeros."""
+        return b""
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """The driver wrote `data` into the configuration space, all inside it; ignored by default."""
+
+    def activate(self, features: int) -> None:
+        """The driver said DRIVER_OK with these negotiated features; the queues that it set up are enabled."""
+
+    def on_request(self, queue: Virtqueue, chain: Chain) -> int | None:
+        """Serve one request: the bytes written into `chain`, or None to complete it later by `complete`."""
+        raise NotImplementedError
+
+    def on_notify(self, queue: Virtqueue) -> None:
+        """The driver notified `queue`: by default its requests go to `on_request`, one after the other.
+
+        At most one queue's worth is served a call, then the I/O thread turns to other work first: a driver that keeps
+        adding requests starves nobody.
+        """
+        for _ in range(queue.size):
+            chain = queue.pop()
+            if chain is None:
+                if not queue.want_notification():
+                    break
+                continue
+            written = self.on_request(queue, chain)
+            if written is not None:
+                queue.push(chain, written)
+        else:
+            self.transport.notify(queue.index)
+        self.transport.interrupt(queue)
+
+    def reset(self) -> None:
+        """The driver or the machine reset the device: forget requests in flight. The queues are reset afterwards."""
+
+    def close(self) -> None:
+        """Release host resources; the machine is closing, and its I/O thread has ended."""
+
+    # -- what a device calls ------------------------------------------------------------------------------------
+
+    def complete(self, queue: Virtqueue, chain: Chain, written: int = 0) -> None:
+        """Finish a request for which `on_request` returned None, from the I/O thread."""
+        with self.transport.lock:
+            queue.push(chain, written)
+            self.transport.interrupt(queue)
+
+    def config_changed(self) -> None:
+        """`config()` gives something new: tell the driver (2.5.3), from any thread that may take the lock."""
+        self.transport.config_changed()

@@ -1,0 +1,291 @@
+"""The virtio-mmio transport, version 2: registers, device status, notifications. Layer: virtio.
+
+Source: virtio 1.2, 4.2 (Virtio Over MMIO), 2.1 (device status), 3.1 (initialization).
+
+A notification is an ioeventfd: it wakes the I/O thread and never returns to the vCPU's Python thread. An interrupt is
+an irqfd, edge-triggered; the two registers that an interrupt handler touches, InterruptStatus and InterruptACK, are
+answered in C (PK_LOAD, PK_CLEAR).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from pykvm import log
+from pykvm._native import ffi, lib
+from pykvm.core.device import Device
+from pykvm.virtio.fault import DriverFault
+from pykvm.virtio.queue import EVENT_IDX, INDIRECT_DESC, Virtqueue
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pykvm._native import CData
+    from pykvm.core.actions import ActionTable
+    from pykvm.core.iothread import IoThread
+    from pykvm.core.memory import GuestMemory
+    from pykvm.core.outcome import Outcome
+    from pykvm.kvm.vm import VmFd
+    from pykvm.virtio.device import VirtioDevice
+
+MAGIC = int.from_bytes(b"virt", "little")
+VERSION = 2
+VENDOR = int.from_bytes(b"PYKV", "little")
+NO_SHM = 0xFFFFFFFF  # 4.2.2.1: the length of a shared memory region that does not exist
+VERSION_1 = 1 << lib.VIRTIO_F_VERSION_1
+
+ACKNOWLEDGE, DRIVER = lib.VIRTIO_CONFIG_S_ACKNOWLEDGE, lib.VIRTIO_CONFIG_S_DRIVER
+FEATURES_OK, DRIVER_OK = lib.VIRTIO_CONFIG_S_FEATURES_OK, lib.VIRTIO_CONFIG_S_DRIVER_OK
+NEEDS_RESET = lib.VIRTIO_CONFIG_S_NEEDS_RESET
+RING_BIT, CONFIG_BIT = lib.VIRTIO_MMIO_INT_VRING, lib.VIRTIO_MMIO_INT_CONFIG
+
+QUEUE_ADDRESSES = {
+    lib.VIRTIO_MMIO_QUEUE_DESC_LOW: ("desc", 0),
+    lib.VIRTIO_MMIO_QUEUE_DESC_HIGH: ("desc", 32),
+    lib.VIRTIO_MMIO_QUEUE_AVAIL_LOW: ("avail", 0),
+    lib.VIRTIO_MMIO_QUEUE_AVAIL_HIGH: ("avail", 32),
+    lib.VIRTIO_MMIO_QUEUE_USED_LOW: ("used", 0),
+    lib.VIRTIO_MMIO_QUEUE_USED_HIGH: ("used", 32),
+}
+SHM_REGISTERS = range(lib.VIRTIO_MMIO_SHM_LEN_LOW, lib.VIRTIO_MMIO_SHM_BASE_HIGH + 4)
+
+
+class VirtioMmio(Device):
+    """One virtio device in its window of MMIO registers.
+
+    `lock` guards device and queues; `kicks[i]` is the eventfd that a notification of queue i writes, `call` the one
+    that raises the interrupt, for back ends in other processes.
+    """
+
+    def __init__(self, device: VirtioDevice, memory: GuestMemory, io: IoThread, *, base: int, gsi: int) -> None:
+        self.device = device
+        self.name = device.name
+        self.memory = memory
+        self.io = io
+        self.base = base
+        self.gsi = gsi
+        self.lock = threading.RLock()
+        self.queues = [Virtqueue(index, size, memory) for index, size in enumerate(device.queue_sizes)]
+        self.kicks = [_eventfd() for _ in self.queues]
+        self.call = _eventfd()
+        self.faults = 0
+        self._word: CData = ffi.new("uint32_t *")  # InterruptStatus
+        self._on_ready = {index: self._handler(queue) for index, queue in enumerate(self.queues)}
+        self._generation = 0
+        self._forget()
+        device.bind(self)
+        if not device.external:
+            for index, kick in enumerate(self.kicks):
+                io.add_reader(kick, self._on_ready[index])
+
+    def _forget(self) -> None:
+        self.status = 0
+        self.driver_features = 0
+        self._feature_page = self._driver_page = self._queue_index = 0
+        self._word[0] = RING_BIT if self.device.external else 0  # a back end's interrupts do not pass here
+
+    @property
+    def offered(self) -> int:
+        """Feature bits that the device offers."""
+        return int(self.device.features | VERSION_1 | INDIRECT_DESC | EVENT_IDX)
+
+    # -- the machine's side -------------------------------------------------------------------------------------
+
+    def connect(self, vm: VmFd) -> None:
+        """Wire the eventfds to a VM (a new one after a machine reset)."""
+        vm.irqfd(self.call, self.gsi)
+        for index, kick in enumerate(self.kicks):
+            vm.ioeventfd(kick, self.base + lib.VIRTIO_MMIO_QUEUE_NOTIFY, 4, match=index)
+
+    def answer_in_c(self, actions: ActionTable) -> None:
+        """Let C answer the registers of the interrupt handler."""
+        actions.load(self.base + lib.VIRTIO_MMIO_INTERRUPT_STATUS, self._word, mmio=True)
+        if not self.device.external:
+            actions.clear(self.base + lib.VIRTIO_MMIO_INTERRUPT_ACK, self._word, mmio=True)
+
+    def reset(self) -> None:
+        """Device reset, by the driver (status 0) or with the machine (2.4)."""
+        with self.lock:
+            self.device.reset()
+            for queue in self.queues:
+                queue.reset()
+            self._forget()
+
+    def close(self) -> None:
+        """Release everything; the I/O thread has ended."""
+        for kick in self.kicks:
+            self.io.remove_reader(kick)
+        self.device.close()
+        for queue in self.queues:
+            queue.release()
+        for fd in (*self.kicks, self.call):
+            os.close(fd)
+        self.kicks.clear()
+
+    # -- notifications and interrupts ---------------------------------------------------------------------------
+
+    def _handler(self, queue: Virtqueue) -> Callable[[], None]:
+        def ready() -> None:
+            os.eventfd_read(self.kicks[queue.index])
+            with self.lock:
+                if queue.enabled and self.status & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK:
+                    self._guarded(self.device.on_notify, queue)
+
+        return ready
+
+    def _guarded(self, function: Callable[..., object], *arguments: object) -> None:
+        try:
+            function(*arguments)
+        except DriverFault as fault:
+            self.needs_reset(str(fault))
+
+    def notify(self, index: int) -> None:
+        """Serve a queue (again) soon, as if the driver had notified it; from any thread."""
+        os.eventfd_write(self.kicks[index], 1)
+
+    def interrupt(self, queue: Virtqueue) -> None:
+        """Raise the used-buffer interrupt, if the driver wants to hear of what `queue` got."""
+        if queue.should_interrupt():
+            self._raise(RING_BIT)
+
+    def config_changed(self) -> None:
+        """Raise the configuration-change interrupt (4.2.2.1, ConfigGeneration)."""
+        with self.lock:
+            self._generation = (self._generation + 1) & 0xFFFFFFFF
+            if self.status & DRIVER_OK:
+                self._raise(CONFIG_BIT)
+
+    def needs_reset(self, why: str) -> None:
+        """Stop the device until the driver resets it (2.1.2); said once a life of the device."""
+        with self.lock:
+            if self.status & NEEDS_RESET:
+                return
+            self.status |= NEEDS_RESET
+            self.faults += 1
+            log.warning("virtio device stopped", device=self.name, reason=why)
+            if self.status & DRIVER_OK:
+                self._raise(CONFIG_BIT)
+
+    def _raise(self, bit: int) -> None:
+        lib.pk_word_or(self._word, bit)
+        os.eventfd_write(self.call, 1)
+
+    # -- registers (4.2.2) --------------------------------------------------------------------------------------
+
+    def read(self, offset: int, size: int) -> int:
+        """A register (four bytes wide, else 0), or the configuration space at any width."""
+        with self.lock:
+            if offset >= lib.VIRTIO_MMIO_CONFIG:
+                at = offset - lib.VIRTIO_MMIO_CONFIG
+                return int.from_bytes(self.device.config()[at : at + size], "little")
+            return self._read_register(offset) if size == 4 and not offset % 4 else 0
+
+    def _read_register(self, offset: int) -> int:
+        queue = self._queue()
+        if offset == lib.VIRTIO_MMIO_DEVICE_FEATURES:
+            return self.offered >> 32 * self._feature_page & 0xFFFFFFFF if self._feature_page < 2 else 0
+        if offset in SHM_REGISTERS:
+            return NO_SHM
+        values = {
+            lib.VIRTIO_MMIO_MAGIC_VALUE: MAGIC,
+            lib.VIRTIO_MMIO_VERSION: VERSION,
+            lib.VIRTIO_MMIO_DEVICE_ID: self.device.device_id,
+            lib.VIRTIO_MMIO_VENDOR_ID: VENDOR,
+            lib.VIRTIO_MMIO_QUEUE_NUM_MAX: queue.max_size if queue else 0,
+            lib.VIRTIO_MMIO_QUEUE_READY: int(queue.enabled) if queue else 0,
+            lib.VIRTIO_MMIO_INTERRUPT_STATUS: self._word[0],
+            lib.VIRTIO_MMIO_STATUS: self.status,
+            lib.VIRTIO_MMIO_CONFIG_GENERATION: self._generation,
+        }
+        return int(values.get(offset, 0))
+
+    def write(self, offset: int, size: int, value: int) -> Outcome | None:
+        """A register (four bytes wide, else ignored), or the configuration space at any width."""
+        with self.lock:
+            if offset >= lib.VIRTIO_MMIO_CONFIG:
+                at = offset - lib.VIRTIO_MMIO_CONFIG
+                if at + size <= len(self.device.config()):
+                    self._guarded(self.device.write_config, at, value.to_bytes(size, "little"))
+            elif size == 4 and not offset % 4:
+                self._guarded(self._write_register, offset, value)
+        return None
+
+    def _write_register(self, offset: int, value: int) -> None:
+        if offset == lib.VIRTIO_MMIO_STATUS:
+            self._write_status(value)
+        elif offset == lib.VIRTIO_MMIO_QUEUE_NOTIFY:  # the ioeventfds take what names a queue of four bytes
+            if value < len(self.queues):
+                self.notify(value)
+        elif offset == lib.VIRTIO_MMIO_INTERRUPT_ACK:
+            if not self.device.external:
+                lib.pk_word_and(self._word, ~value & 0xFFFFFFFF)
+        elif offset == lib.VIRTIO_MMIO_DEVICE_FEATURES_SEL:
+            self._feature_page = value
+        elif offset == lib.VIRTIO_MMIO_DRIVER_FEATURES_SEL:
+            self._driver_page = value
+        elif offset == lib.VIRTIO_MMIO_DRIVER_FEATURES:
+            self._write_features(value)
+        elif offset == lib.VIRTIO_MMIO_QUEUE_SEL:
+            self._queue_index = value
+        else:
+            self._write_queue(offset, value)
+
+    def _queue(self) -> Virtqueue | None:
+        return self.queues[self._queue_index] if self._queue_index < len(self.queues) else None
+
+    def _write_features(self, value: int) -> None:
+        if self.status & FEATURES_OK:
+            raise DriverFault("features written after FEATURES_OK (2.2.1)")
+        if self._driver_page < 2:
+            shift = 32 * self._driver_page
+            self.driver_features = self.driver_features & ~(0xFFFFFFFF << shift) | value << shift
+        elif value:
+            self.driver_features |= 1 << 64  # a bit that nobody offers: FEATURES_OK is refused
+
+    def _write_queue(self, offset: int, value: int) -> None:
+        queue = self._queue()
+        if queue is None or self.status & DRIVER_OK:
+            return  # the queues are frozen: a live one whose rings moved is no queue (CVE-2026-5747)
+        if offset == lib.VIRTIO_MMIO_QUEUE_READY:
+            if value & 1 and not queue.enabled:
+                if not self.status & FEATURES_OK:
+                    raise DriverFault(f"queue {queue.index} set up before FEATURES_OK (3.1.1)")
+                queue.enable(self.driver_features)
+            elif not value & 1:
+                queue.release()
+        elif not queue.enabled:
+            if offset == lib.VIRTIO_MMIO_QUEUE_NUM:
+                queue.size = value
+            elif offset in QUEUE_ADDRESSES:
+                name, shift = QUEUE_ADDRESSES[offset]
+                setattr(queue, name, getattr(queue, name) & ~(0xFFFFFFFF << shift) | value << shift)
+
+    # -- device status (2.1, 3.1.1) -----------------------------------------------------------------------------
+
+    def _write_status(self, value: int) -> None:
+        if value == 0:
+            self.reset()
+            return
+        value &= 0xFF
+        if self.status & ~value & ~NEEDS_RESET:
+            raise DriverFault(f"status goes back from {self.status:#x} to {value:#x} (2.1.1)")
+        new = value & ~self.status & ~NEEDS_RESET
+        if new & FEATURES_OK and not self._features_agreed():
+            new &= ~FEATURES_OK  # the driver reads it back and gives up (3.1.1, step 6)
+        if new & DRIVER_OK and not (self.status | new) & FEATURES_OK:
+            raise DriverFault("DRIVER_OK without FEATURES_OK (3.1.1)")
+        self.status |= new
+        if new & DRIVER_OK and not self.status & NEEDS_RESET:
+            self.device.activate(self.driver_features)
+            for queue in self.queues:
+                if queue.enabled and not self.device.external:
+                    self.notify(queue.index)  # what was made available before DRIVER_OK
+
+    def _features_agreed(self) -> bool:
+        return not self.driver_features & ~self.offered and bool(self.driver_features & VERSION_1)
+
+
+def _eventfd() -> int:
+    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
