@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pykvm.core.memory import GuestMemory
     from pykvm.core.outcome import Outcome
     from pykvm.core.vcpu import Exit, Vcpu
+    from pykvm.debug.symbols import Symbols
     from pykvm.errors import (
         ConfigError,
         DeviceError,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         MachineStateError,
         MissingCapability,
         PykvmError,
+        SymbolError,
         UsageError,
     )
     from pykvm.kvm.system import Kvm
@@ -44,9 +46,11 @@ _HOMES = {
     "pykvm.core.memory": ("GuestMemory",),
     "pykvm.core.outcome": ("Outcome",),
     "pykvm.core.vcpu": ("Exit", "Vcpu"),
+    "pykvm.debug.symbols": ("Symbols",),
     "pykvm.errors": (
         "ConfigError", "DeviceError", "GuestAddressError", "HostError", "ImageError", "KvmError", "KvmUnavailable",
-        "MachineStateError", "MissingCapability", "PykvmError", "UsageError",
+        "MachineStateError", "MissingCapability", "PykvmError", "SymbolError",
+        "UsageError",
     ),
     "pykvm.kvm.system": ("Kvm",),
     "pykvm.x86.segments": ("CpuState", "Segment"),
@@ -75,6 +79,8 @@ __all__ = [
     "Pc",
     "PykvmError",
     "Segment",
+    "SymbolError",
+    "Symbols",
     "UsageError",
     "Vcpu",
 ]

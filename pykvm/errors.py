@@ -7,7 +7,8 @@
     │   └── MissingCapability  .names lists every capability that is missing
     ├── UsageError           the caller's input is wrong (CLI exit status 2)
     │   ├── ConfigError      a machine option: .option
-    │   └── ImageError       a kernel, initrd or firmware file: .path, .reason
+    │   ├── ImageError       a kernel, initrd or firmware file: .path, .reason
+    │   └── SymbolError      no symbol of this name: .name
     ├── GuestAddressError    an access outside guest memory: .gpa, .length
     ├── MachineStateError    an operation that the machine's state forbids
     └── DeviceError          a user's device or hook raised: .device, __cause__ has the traceback
@@ -78,6 +79,19 @@ class ImageError(UsageError):
         self.path = os.fspath(path)
         self.reason = reason
         super().__init__(f"{self.path}: {reason}")
+
+
+class SymbolError(UsageError, KeyError):
+    """The guest's symbols have no such name. `near` lists those that look like it."""
+
+    def __init__(self, name: str, near: Iterable[str] = ()) -> None:
+        self.name = name
+        self.near = tuple(near)
+        hint = f" (did you mean {' or '.join(self.near)}?)" if self.near else ""
+        super().__init__(f"no symbol {name!r}{hint}")
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would quote it
 
 
 class GuestAddressError(PykvmError, ValueError):
