@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pykvm.virtio.chain import Chain
     from pykvm.virtio.mmio import VirtioMmio
     from pykvm.virtio.queue import Virtqueue
+    from pykvm.virtio.rate import RateLimit, Throttle
 
 
 class VirtioDevice:
@@ -36,6 +37,7 @@ class VirtioDevice:
     features     device-specific feature bits offered; the transport adds VERSION_1, INDIRECT_DESC and EVENT_IDX
     queue_sizes  the maximum size of each queue, powers of two up to 1024
     external     a back end in another process serves the queues: nothing here polls their kick eventfds
+    limit        a RateLimit that `on_notify` keeps to, or None
     """
 
     name = "virtio"
@@ -43,6 +45,8 @@ class VirtioDevice:
     features = 0
     queue_sizes: Sequence[int] = ()
     external = False
+    limit: RateLimit | None = None
+    throttle: Throttle | None = None  # made by `bind` from `limit`
 
     transport: VirtioMmio  # set by `bind`
     io: IoThread
@@ -53,6 +57,10 @@ class VirtioDevice:
         """The device was put on a transport: before the first run, once."""
         self.transport = transport
         self.io, self.memory, self.queues = transport.io, transport.memory, transport.queues
+        if self.limit is not None:
+            from pykvm.virtio.rate import Throttle
+
+            self.throttle = Throttle(self.limit, self.io.call_later, transport.notify)
 
     # -- what a device overrides --------------------------------------------------------------------------------
 
@@ -74,14 +82,19 @@ class VirtioDevice:
         """The driver notified `queue`: by default its requests go to `on_request`, one after the other.
 
         At most one queue's worth is served a call, then the I/O thread turns to other work first: a driver that keeps
-        adding requests starves nobody.
+        adding requests starves nobody. A device over its rate limit leaves the rest in the ring until a timer rings.
         """
+        throttle = self.throttle
         for _ in range(queue.size):
+            if throttle is not None and not throttle.ready(queue.index):
+                break
             chain = queue.pop()
             if chain is None:
                 if not queue.want_notification():
                     break
                 continue
+            if throttle is not None:
+                throttle.charge(chain.readable_size + chain.writable_size)
             written = self.on_request(queue, chain)
             if written is not None:
                 queue.push(chain, written)

@@ -109,6 +109,8 @@ class VirtioMmio(Device):
         """Device reset, by the driver (status 0) or with the machine (2.4)."""
         with self.lock:
             self.device.reset()
+            if self.device.throttle is not None:
+                self.device.throttle.reset()
             for queue in self.queues:
                 queue.reset()
             self._forget()
