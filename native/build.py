@@ -18,12 +18,21 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-SOURCES = ("runloop.c", "kick.c", "dynlib.c", "virtio.c")
-LOCAL_HEADERS = ("runloop.h", "dynlib.h", "virtio.h")
+SOURCES = ("runloop.c", "kick.c", "dynlib.c", "virtio.c", "blk.c")
+LOCAL_HEADERS = ("runloop.h", "dynlib.h", "virtio.h", "blk.h")
 
-HEADERS = ("linux/kvm.h", "linux/virtio_config.h", "linux/virtio_ids.h", "linux/virtio_mmio.h", "linux/virtio_ring.h")
+HEADERS = (
+    "linux/falloc.h",
+    "linux/fs.h",
+    "linux/kvm.h",
+    "linux/virtio_blk.h",
+    "linux/virtio_config.h",
+    "linux/virtio_ids.h",
+    "linux/virtio_mmio.h",
+    "linux/virtio_ring.h",
+)
 INCLUDES = "".join(f"#include <{name}>\n" for name in HEADERS)
-PREFIXES = ("KVM_", "VIRTIO_", "VRING_")
+PREFIXES = ("KVM_", "VIRTIO_", "VRING_", "BLK", "FALLOC_")
 
 TYPES = """
 typedef uint8_t __u8; typedef uint16_t __u16; typedef uint32_t __u32; typedef unsigned long long __u64;
@@ -85,8 +94,11 @@ def make_builder() -> FFI:
         sources=[os.path.relpath(HERE / name, ROOT) for name in SOURCES],
         include_dirs=[os.path.relpath(HERE, ROOT)],
         depends=[os.path.relpath(HERE / name, ROOT) for name in (*LOCAL_HEADERS, "kvm.cdef.h")],
-        # -Wno-unused-parameter: cffi's own wrappers of functions without arguments
-        extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"],
+        # cffi's own: wrappers of functions without arguments, and checks of the fields of packed structures
+        extra_compile_args=[
+            *("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror"),
+            *("-Wno-unused-parameter", "-Wno-address-of-packed-member"),
+        ],
     )
     return builder
 

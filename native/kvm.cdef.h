@@ -187,3 +187,22 @@ void pk_thread_init(void);
 void pk_fence(void);
 uint32_t pk_word_or(uint32_t *word, uint32_t bits);
 uint32_t pk_word_and(uint32_t *word, uint32_t bits);
+
+/* -- disks (blk.h, <linux/virtio_blk.h>) ----------------------------------------------------------------------- */
+struct virtio_blk_geometry { __u16 cylinders; __u8 heads, sectors; };
+struct virtio_blk_config {
+    __u64 capacity;
+    __u32 size_max, seg_max;
+    struct virtio_blk_geometry geometry;
+    __u32 blk_size;
+    __u8 physical_block_exp, alignment_offset;
+    __u16 min_io_size;
+    __u32 opt_io_size;
+    __u8 wce;
+    __u16 num_queues;
+    __u32 max_discard_sectors, max_discard_seg, discard_sector_alignment;
+    __u32 max_write_zeroes_sectors, max_write_zeroes_seg;
+    __u8 write_zeroes_may_unmap;
+    ...;
+};
+int pk_fallocate(int fd, int mode, int64_t offset, int64_t length);

@@ -5,6 +5,7 @@ Loaded only when such an option is given: it may import what it likes.
 
 from __future__ import annotations
 
+from pykvm.config import parse_int
 from pykvm.errors import UsageError
 
 TYPE_CHECKING = False
@@ -14,8 +15,26 @@ if TYPE_CHECKING:
 
     from pykvm.virtio.device import VirtioDevice
 
+
+def _disk(text: str) -> VirtioDevice:
+    from pykvm.virtio.blk import Disk
+    from pykvm.virtio.rate import RATE_KEYS, parse_rate
+
+    path, words = split_spec("--disk", text, ("ro", "direct"), ("id", "queues", *RATE_KEYS))
+    if not path:
+        raise UsageError("--disk: no file given: --disk FILE[,ro][,id=TEXT][,direct][,queues=N]")
+    return Disk(
+        path,
+        readonly="ro" in words,
+        id=words.get("id", ""),
+        direct="direct" in words,
+        queues=parse_int(words.get("queues", "1"), "queues"),
+        limit=parse_rate(words),
+    )
+
+
 # option key -> function(its text) -> device; in the order in which the devices are put on the machine
-MAKERS: dict[str, Callable[[str], VirtioDevice]] = {}
+MAKERS: dict[str, Callable[[str], VirtioDevice]] = {"disk": _disk}
 
 
 def make_devices(values: dict[str, Any]) -> list[VirtioDevice]:

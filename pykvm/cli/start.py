@@ -85,6 +85,12 @@ OPTIONS = (
     Option("--serial", "WHERE", "COM1, and repeated COM2 to COM4: stdio, file:PATH, pty or none", many=True),
     Option("--debug-exit", "", "isa-debug-exit at port 0xf4: the guest's write ends the run with its code"),
     Option("--testdev", "", "the PC test device of kernel test suites"),
+    Option(
+        "--disk",
+        "FILE[,...]",
+        "disk of a raw image: FILE[,ro][,id=TEXT][,direct][,queues=N][,rate=..]; repeatable",
+        many=True,
+    ),
     Option("--virtio-cmdline", "", "announce virtio devices on the kernel's command line instead of by ACPI"),
     Option("--timeout", "S", "stop after S seconds with status 124", convert=_seconds),
     Option("--stats", "", "print exit statistics at the end"),
@@ -109,7 +115,7 @@ PARSER = Parser(
 
 
 # The options that make virtio devices; pykvm.cli.devices knows what their values mean.
-DEVICE_OPTIONS: tuple[str, ...] = ()
+DEVICE_OPTIONS: tuple[str, ...] = ("disk",)
 
 
 # The longest time from a signal to its handler: Python runs the handler between two bytecodes, so that a signal in the

@@ -1,0 +1,223 @@
+"""virtio-blk: a disk (virtio 1.2, 5.2). Layer: virtio.
+
+Whatever goes wrong with a request - the host's file system is full, the file was cut short, a sector that does not
+exist, a type that nobody knows - is a status for the driver, and one line in the log for each kind of it. Only a
+request without room for its status is a driver's fault.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+
+from pykvm import log
+from pykvm._native import ffi, lib
+from pykvm.errors import ConfigError
+from pykvm.virtio.chain import slices
+from pykvm.virtio.device import VirtioDevice
+from pykvm.virtio.diskfile import SECTOR, DiskFile
+from pykvm.virtio.fault import DriverFault
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pykvm.virtio.chain import Chain
+    from pykvm.virtio.queue import Virtqueue
+    from pykvm.virtio.rate import RateLimit
+
+QUEUE_SIZE = 256
+MAX_QUEUES = 16
+HEADER = struct.Struct("<IIQ")  # struct virtio_blk_outhdr
+SEGMENT = struct.Struct("<QII")  # struct virtio_blk_discard_write_zeroes
+ID_BYTES = lib.VIRTIO_BLK_ID_BYTES
+OK, IOERR, UNSUPP = lib.VIRTIO_BLK_S_OK, lib.VIRTIO_BLK_S_IOERR, lib.VIRTIO_BLK_S_UNSUPP
+UNMAP = lib.VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP
+
+# Bounds on what one request may keep the I/O thread busy with; drivers split what is larger.
+MAX_SEGMENTS = 16
+MAX_DISCARD_SECTORS = (1 << 30) // SECTOR
+MAX_ZERO_SECTORS = (4 << 20) // SECTOR  # where the file system cannot do it, zeroes are written
+
+NAMES = {
+    lib.VIRTIO_BLK_T_IN: "read",
+    lib.VIRTIO_BLK_T_OUT: "write",
+    lib.VIRTIO_BLK_T_FLUSH: "flush",
+    lib.VIRTIO_BLK_T_GET_ID: "get id",
+    lib.VIRTIO_BLK_T_DISCARD: "discard",
+    lib.VIRTIO_BLK_T_WRITE_ZEROES: "write zeroes",
+}
+
+
+def _bits(*names: str) -> int:
+    return sum(1 << int(getattr(lib, f"VIRTIO_BLK_F_{name}")) for name in names)
+
+
+class _Refused(Exception):
+    """A request that the driver should not have made: (status, why)."""
+
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status = status
+
+
+class Disk(VirtioDevice):
+    """A disk backed by a raw image file or a block device.
+
+    >>> Pc(kernel, devices=[Disk("root.img"), Disk("data.img", readonly=True, id="data")])
+
+    path      the image; its size when the machine is made is the disk's size
+    readonly  the driver is told so, and its writes fail
+    id        the serial number that the guest sees, up to 20 ASCII characters
+    direct    past the host's page cache (O_DIRECT)
+    queues    request queues, one for each CPU that shall have its own
+    limit     a rate limit for bytes and requests
+
+    A writer has the image to itself: another one, of pykvm or QEMU, is refused. Raises ConfigError.
+    """
+
+    device_id = lib.VIRTIO_ID_BLOCK
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        readonly: bool = False,
+        id: str = "",
+        direct: bool = False,
+        queues: int = 1,
+        limit: RateLimit | None = None,
+    ) -> None:
+        if not id.isascii() or len(id) > ID_BYTES or not id.isprintable():
+            raise ConfigError("disk", f"id {id!r} is not up to {ID_BYTES} printable ASCII characters")
+        if not 1 <= queues <= MAX_QUEUES:
+            raise ConfigError("disk", f"{queues} queues: 1 to {MAX_QUEUES} are possible")
+        self.path = os.fspath(path)
+        self.name = f"disk {self.path}"
+        self.id = id.encode()
+        self.limit = limit
+        self.queue_sizes = (QUEUE_SIZE,) * queues
+        self.file = DiskFile(self.path, readonly=readonly, direct=direct)
+        self.capacity = self.file.size // SECTOR
+        self.features = _bits("SEG_MAX", "GEOMETRY", "BLK_SIZE", "TOPOLOGY", "FLUSH")
+        self.features |= _bits("RO") if readonly else _bits("DISCARD", "WRITE_ZEROES")
+        if queues > 1:
+            self.features |= _bits("MQ")
+        self.requests = dict.fromkeys(NAMES, 0)
+        self.errors = 0
+        self._write_through = False
+        self._said: set[str] = set()
+        self._config = self._make_config()
+
+    def _make_config(self) -> bytes:
+        """The configuration space (5.2.4)."""
+        config = ffi.new("struct virtio_blk_config *")
+        config.capacity = self.capacity
+        config.seg_max = QUEUE_SIZE - 2  # besides header and status
+        config.geometry.heads, config.geometry.sectors = 16, 63  # what BIOSes make of a disk without cylinders
+        config.geometry.cylinders = min(self.capacity // (16 * 63), 65535)
+        config.blk_size = self.file.block_size
+        exponent = max(0, (self.file.physical // self.file.block_size).bit_length() - 1)
+        config.physical_block_exp = exponent
+        config.min_io_size = 1 << exponent
+        config.num_queues = len(self.queue_sizes)
+        config.max_discard_sectors, config.max_discard_seg = MAX_DISCARD_SECTORS, MAX_SEGMENTS
+        config.discard_sector_alignment = self.file.physical // SECTOR
+        config.max_write_zeroes_sectors, config.max_write_zeroes_seg = MAX_ZERO_SECTORS, MAX_SEGMENTS
+        config.write_zeroes_may_unmap = 1
+        return bytes(ffi.buffer(config))
+
+    def config(self) -> bytes:
+        """What the driver reads of it."""
+        return self._config
+
+    def activate(self, features: int) -> None:
+        """Without VIRTIO_BLK_F_FLUSH the driver never flushes: each write is on stable storage by itself (5.2.6.2)."""
+        self._write_through = not features & _bits("FLUSH")
+
+    def close(self) -> None:
+        """Close the image."""
+        self.file.close()
+
+    # -- requests (5.2.6) ---------------------------------------------------------------------------------------
+
+    def on_request(self, queue: Virtqueue, chain: Chain) -> int:
+        """Serve a request; its last writable byte becomes its status."""
+        room = chain.writable_size - 1
+        if room < 0:
+            raise DriverFault(f"queue {queue.index}: a disk's request without a byte for its status (5.2.6)")
+        kind = -1
+        try:
+            header = chain.read(HEADER.size)
+            if len(header) < HEADER.size:
+                raise _Refused(IOERR, f"a header of {len(header)} bytes")
+            kind, _, sector = HEADER.unpack(header)
+            status, written = OK, self._serve(kind, sector, chain, room)
+            self.requests[kind] += 1
+        except (OSError, _Refused) as error:
+            status, written = self._failed(kind, error), room
+        chain.write(bytes((status,)), room)
+        return written + 1 if written == room else room + 1
+
+    def _serve(self, kind: int, sector: int, chain: Chain, room: int) -> int:
+        """Bytes of data written to the driver, before the status."""
+        if kind == lib.VIRTIO_BLK_T_IN:
+            self.file.read(slices(chain.writable, 0, room), self._offset(sector, room))
+            return room
+        if kind == lib.VIRTIO_BLK_T_OUT:
+            data = slices(chain.readable, HEADER.size)
+            self._check_writable()
+            offset = self._offset(sector, chain.readable_size - HEADER.size)
+            self.file.write(data, offset, sync=self._write_through)
+        elif kind == lib.VIRTIO_BLK_T_FLUSH:
+            self.file.flush()
+        elif kind == lib.VIRTIO_BLK_T_GET_ID:
+            chain.write(self.id.ljust(ID_BYTES, b"\0")[:room])
+            return min(room, ID_BYTES)
+        elif kind in (lib.VIRTIO_BLK_T_DISCARD, lib.VIRTIO_BLK_T_WRITE_ZEROES):
+            self._erase(kind == lib.VIRTIO_BLK_T_WRITE_ZEROES, chain)
+        else:
+            raise _Refused(UNSUPP, "a type that is not known")
+        return 0
+
+    def _check_writable(self) -> None:
+        if self.file.readonly:
+            raise _Refused(IOERR, "the disk is read-only")
+
+    def _offset(self, sector: int, length: int) -> int:
+        """The file offset of [sector, +length bytes), which must be whole sectors of the disk."""
+        if length % SECTOR:
+            raise _Refused(IOERR, "the length is not whole sectors")
+        if sector + length // SECTOR > self.capacity:
+            raise _Refused(IOERR, "past the end of the disk")
+        return sector * SECTOR
+
+    def _erase(self, zeroes: bool, chain: Chain) -> None:
+        """Discard or write zeroes: all segments are checked before the first is touched."""
+        self._check_writable()
+        size = chain.readable_size - HEADER.size
+        if not size or size % SEGMENT.size or size > MAX_SEGMENTS * SEGMENT.size:
+            raise _Refused(IOERR, "not one to 16 whole segments")
+        ranges = []
+        for sector, count, flags in SEGMENT.iter_unpack(chain.read(size, HEADER.size)):
+            if flags & ~(UNMAP if zeroes else 0):
+                raise _Refused(UNSUPP, "a flag that is not known")
+            if count > (MAX_ZERO_SECTORS if zeroes else MAX_DISCARD_SECTORS):
+                raise _Refused(IOERR, "more sectors than the limit")
+            if count:
+                ranges.append((self._offset(sector, count * SECTOR), count * SECTOR, bool(flags & UNMAP)))
+        for offset, length, unmap in ranges:
+            if zeroes:
+                self.file.write_zeroes(offset, length, unmap=unmap)
+            else:
+                self.file.discard(offset, length)
+        if self._write_through:
+            self.file.flush()
+
+    def _failed(self, kind: int, error: OSError | _Refused) -> int:
+        """Count and (once for each kind) report it; the status."""
+        self.errors += 1
+        name = NAMES.get(kind, "request")
+        why = str(error) if isinstance(error, _Refused) else error.strerror or str(error)
+        if f"{name}: {why}" not in self._said:
+            self._said.add(f"{name}: {why}")
+            log.warning("disk request failed", disk=self.path, request=name, reason=why)
+        return error.status if isinstance(error, _Refused) else IOERR
