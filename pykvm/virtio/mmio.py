@@ -49,6 +49,7 @@ QUEUE_ADDRESSES = {
     lib.VIRTIO_MMIO_QUEUE_USED_LOW: ("used", 0),
     lib.VIRTIO_MMIO_QUEUE_USED_HIGH: ("used", 32),
 }
+LOGGED_FAULTS = 10  # of one device; `faults` counts them all
 SHM_REGISTERS = range(lib.VIRTIO_MMIO_SHM_LEN_LOW, lib.VIRTIO_MMIO_SHM_BASE_HIGH + 4)
 
 
@@ -75,7 +76,11 @@ class VirtioMmio(Device):
         self._on_ready = {index: self._handler(queue) for index, queue in enumerate(self.queues)}
         self._generation = 0
         self._forget()
-        device.bind(self)
+        try:
+            device.bind(self)
+        except BaseException:
+            self._close_eventfds()
+            raise
         if not device.external:
             for index, kick in enumerate(self.kicks):
                 io.add_reader(kick, self._on_ready[index])
@@ -122,6 +127,9 @@ class VirtioMmio(Device):
         self.device.close()
         for queue in self.queues:
             queue.release()
+        self._close_eventfds()
+
+    def _close_eventfds(self) -> None:
         for fd in (*self.kicks, self.call):
             os.close(fd)
         self.kicks.clear()
@@ -166,7 +174,8 @@ class VirtioMmio(Device):
                 return
             self.status |= NEEDS_RESET
             self.faults += 1
-            log.warning("virtio device stopped", device=self.name, reason=why)
+            if self.faults <= LOGGED_FAULTS:  # a driver may break a rule and reset the device all day long
+                log.warning("virtio device stopped", device=self.name, reason=why)
             if self.status & DRIVER_OK:
                 self._raise(CONFIG_BIT)
 

@@ -66,7 +66,7 @@ class Virtqueue:
         # 2.7: alignment 16, 2 and 4; 6 bytes of header and event field around each ring
         desc = self._ring("descriptor table", self.desc, DESC_SIZE * size, 16)
         avail = self._ring("available ring", self.avail, RING_HEADER + 2 * size + 2, 2)
-        used = self._ring("used ring", self.used, RING_HEADER + USED_SIZE * size + 2, 4)
+        used = self._ring("used ring", self.used, RING_HEADER + USED_SIZE * size + 2, 4, write=True)
         self._reject_overlap(size)
         self._desc = desc.cast("Q")
         self._avail = avail.cast("H")
@@ -77,13 +77,16 @@ class Virtqueue:
         self.enabled = True
         self.want_notification()
 
-    def _ring(self, what: str, gpa: int, length: int, alignment: int) -> memoryview:
+    def _ring(self, what: str, gpa: int, length: int, alignment: int, *, write: bool = False) -> memoryview:
         if gpa % alignment:
             raise DriverFault(f"queue {self.index}: {what} at {gpa:#x} is not aligned to {alignment} (2.7)")
         try:
-            return self.memory.view(gpa, length)
+            (view,) = self.memory.views(gpa, length, write=write)
         except GuestAddressError as error:
             raise DriverFault(f"queue {self.index}: {what}: {error}") from None
+        except ValueError:
+            raise DriverFault(f"queue {self.index}: {what} at {gpa:#x} lies in two memory slots") from None
+        return view
 
     def _reject_overlap(self, size: int) -> None:
         parts = sorted(
