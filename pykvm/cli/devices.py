@@ -33,8 +33,15 @@ def _disk(text: str) -> VirtioDevice:
     )
 
 
+def _rng(text: str) -> VirtioDevice:
+    from pykvm.virtio.rate import RATE_KEYS, parse_rate
+    from pykvm.virtio.rng import Rng
+
+    return Rng(parse_rate(only_words("--rng", text, (), RATE_KEYS)))
+
+
 # option key -> function(its text) -> device; in the order in which the devices are put on the machine
-MAKERS: dict[str, Callable[[str], VirtioDevice]] = {"disk": _disk}
+MAKERS: dict[str, Callable[[str], VirtioDevice]] = {"disk": _disk, "rng": _rng}
 
 
 def make_devices(values: dict[str, Any]) -> list[VirtioDevice]:
@@ -68,3 +75,8 @@ def split_spec(option: str, text: str, flags: tuple[str, ...], keys: tuple[str, 
             raise UsageError(f"{option}: {word!r} is none of {known or 'nothing: it takes no options'}")
         words[key] = value
     return first.replace("\0", ","), words
+
+
+def only_words(option: str, text: str, flags: tuple[str, ...], keys: tuple[str, ...]) -> dict[str, str]:
+    """`[flag|key=value][,flag|key=value]...` as {flag: "", key: value}. Raises UsageError."""
+    return split_spec(option, f",{text}", flags, keys)[1] if text else {}

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 class Option:
-    """One option. `metavar` "" makes it a flag; `many` collects a list; `convert` may raise UsageError."""
+    """One option. `metavar` "" makes it a flag, "[=SPEC]" a flag that may have a value; `many` collects a list;
+    `convert` may raise UsageError."""
 
     __slots__ = ("convert", "default", "help", "many", "metavar", "name")
 
@@ -87,9 +88,9 @@ class Parser:
         option = self.options.get(name)
         if option is None:
             raise UsageError(f"unknown option {name}{self._near(name)}; see --help")
-        if not option.metavar:
-            if equals:
-                raise UsageError(f"{name} takes no value")
+        if equals and not option.metavar:
+            raise UsageError(f"{name} takes no value")
+        if not equals and (not option.metavar or option.metavar.startswith("[")):
             values[option.key] = True
             return
         if not equals:
@@ -110,7 +111,7 @@ class Parser:
 
     def help(self) -> str:
         """The --help text."""
-        left = {name: f"{name} {o.metavar}".rstrip() for name, o in self.options.items()}
+        left = {name: f"{name} {o.metavar}".rstrip().replace(" [", "[") for name, o in self.options.items()}
         width = max(map(len, left.values())) + 2
         lines = [f"usage: {self.usage}", "", self.summary, "", "options:"]
         lines += [f"  {left[name]:{width}}{option.help}" for name, option in self.options.items()]

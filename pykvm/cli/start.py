@@ -91,6 +91,7 @@ OPTIONS = (
         "disk of a raw image: FILE[,ro][,id=TEXT][,direct][,queues=N][,rate=..]; repeatable",
         many=True,
     ),
+    Option("--rng", "[=rate=..]", "random number generator, fed by the host's; rate in bytes a second"),
     Option("--virtio-cmdline", "", "announce virtio devices on the kernel's command line instead of by ACPI"),
     Option("--timeout", "S", "stop after S seconds with status 124", convert=_seconds),
     Option("--stats", "", "print exit statistics at the end"),
@@ -115,7 +116,7 @@ PARSER = Parser(
 
 
 # The options that make virtio devices; pykvm.cli.devices knows what their values mean.
-DEVICE_OPTIONS: tuple[str, ...] = ("disk",)
+DEVICE_OPTIONS: tuple[str, ...] = ("disk", "rng")
 
 
 # The longest time from a signal to its handler: Python runs the handler between two bytecodes, so that a signal in the

@@ -1,7 +1,7 @@
 """The machine's one I/O thread: epoll, timers, and calls from other threads. Layer: core.
 
 Started when first needed. Callbacks run on the thread, one at a time; one that raises stops the machine through
-`on_error`, never the thread.
+`on_error`, never the thread. A callback may come once more after its fd was readable for another: expect EAGAIN.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class IoThread:
         self._soon: list[Callback] = []
         self._timers: list[Timer] = []
         self._readers: dict[int, Callback] = {}
+        self._writers: dict[int, Callback] = {}
         self._stopping = False
         self._epoll: select.epoll | None = None
         self._wake_fd = -1
@@ -80,18 +81,47 @@ class IoThread:
         return timer
 
     def add_reader(self, fd: int, callback: Callback) -> None:
-        """Run `callback` whenever `fd` is readable (level-triggered)."""
-        with self._lock:
-            self._start()
-            self._readers[fd] = callback
-            assert self._epoll is not None
-            self._epoll.register(fd, select.EPOLLIN)
+        """Run `callback` whenever `fd` is readable (level-triggered), at its end of file, and when it is broken."""
+        self._watch(fd, self._readers, callback)
 
     def remove_reader(self, fd: int) -> None:
-        """Forget `fd`; call this before closing it."""
+        """Forget `fd` as a reader; call this before closing it."""
+        self._unwatch(fd, self._readers)
+
+    def add_writer(self, fd: int, callback: Callback) -> None:
+        """Run `callback` whenever `fd` takes output (level-triggered), and when it is broken."""
+        self._watch(fd, self._writers, callback)
+
+    def remove_writer(self, fd: int) -> None:
+        """Forget `fd` as a writer; call this before closing it."""
+        self._unwatch(fd, self._writers)
+
+    def _watch(self, fd: int, callbacks: dict[int, Callback], callback: Callback) -> None:
         with self._lock:
-            if self._readers.pop(fd, None) is not None and self._epoll is not None:
+            self._start()
+            before = self._events(fd)
+            callbacks[fd] = callback
+            assert self._epoll is not None
+            try:
+                if before:
+                    self._epoll.modify(fd, self._events(fd))
+                else:
+                    self._epoll.register(fd, self._events(fd))
+            except OSError:
+                del callbacks[fd]
+                raise
+
+    def _unwatch(self, fd: int, callbacks: dict[int, Callback]) -> None:
+        with self._lock:
+            if callbacks.pop(fd, None) is None or self._epoll is None:
+                return
+            if events := self._events(fd):
+                self._epoll.modify(fd, events)
+            else:
                 self._epoll.unregister(fd)
+
+    def _events(self, fd: int) -> int:
+        return (select.EPOLLIN if fd in self._readers else 0) | (select.EPOLLOUT if fd in self._writers else 0)
 
     def close(self) -> None:
         """End the thread (not called from it: then it ends by itself soon) and forget everything."""
@@ -123,10 +153,13 @@ class IoThread:
         lib.pk_thread_init()
         assert self._epoll is not None
         while not self._stopping:
-            for fd, _ in self._epoll.poll(self._timeout()):
+            for fd, events in self._epoll.poll(self._timeout()):
                 if fd == self._wake_fd:
                     os.eventfd_read(fd)
-                elif (callback := self._readers.get(fd)) is not None:
+                    continue
+                if events != select.EPOLLOUT and (callback := self._readers.get(fd)) is not None:
+                    self._call(callback)
+                if events != select.EPOLLIN and (callback := self._writers.get(fd)) is not None:
                     self._call(callback)
             for callback in self._due():
                 self._call(callback)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import struct
 from typing import TYPE_CHECKING
 
@@ -193,23 +194,32 @@ class StillIo(IoThread):
         """Forget it."""
         self._readers.pop(fd, None)
 
+    def add_writer(self, fd: int, callback: object) -> None:
+        """Remember the callback."""
+        self._writers[fd] = callback  # type: ignore[assignment]
+
+    def remove_writer(self, fd: int) -> None:
+        """Forget it."""
+        self._writers.pop(fd, None)
+
     def call_soon(self, callback: object) -> None:
         """Remember it for the next `run`."""
         self._soon.append(callback)  # type: ignore[arg-type]
 
     def run(self, rounds: int = 100) -> None:
-        """Call what is readable and what was asked for soon, until nothing is left or `rounds` are over."""
-        import select
-
+        """Call what is ready and what was asked for soon, until nothing is left or `rounds` are over."""
         for _ in range(rounds):
             poll = select.poll()
-            for fd in self._readers:
-                poll.register(fd, select.POLLIN)
+            for fd in {*self._readers, *self._writers}:
+                poll.register(fd, self._events(fd))
             ready = poll.poll(0)
             soon, self._soon = self._soon, []
             if not ready and not soon:
                 return
-            for fd, _ in ready:
-                self._call(self._readers[fd])
+            for fd, events in ready:
+                if events != select.POLLOUT and fd in self._readers:
+                    self._call(self._readers[fd])
+                if events != select.POLLIN and fd in self._writers:
+                    self._call(self._writers[fd])
             for callback in soon:
                 self._call(callback)
