@@ -4,6 +4,7 @@
     ├── HostError            this host cannot do it (CLI exit status 4)
     │   ├── KvmError         a KVM ioctl failed: .ioctl, .errno
     │   ├── KvmUnavailable   /dev/kvm is absent, forbidden, busy or of the wrong version: .reason
+    │   ├── DebugUnsupported  this host's KVM cannot break, watch or step that way
     │   └── MissingCapability  .names lists every capability that is missing
     ├── UsageError           the caller's input is wrong (CLI exit status 2)
     │   ├── ConfigError      a machine option: .option
@@ -58,6 +59,10 @@ class MissingCapability(HostError):
     def __init__(self, names: Iterable[str], why: str = "this kernel's KVM lacks") -> None:
         self.names = tuple(names)
         super().__init__(f"{why} {', '.join(self.names)}; see `pykvm doctor`")
+
+
+class DebugUnsupported(HostError):
+    """This host's KVM cannot stop the guest in that way; the message says what it lacks."""
 
 
 class UsageError(PykvmError):

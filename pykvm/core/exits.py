@@ -38,10 +38,11 @@ class Hooks:
     wrmsr(vcpu, index, value) -> bool            False: #GP
     ioapic_eoi(vector)                           split irqchip: a level interrupt was acknowledged
     debug(vcpu, exit) -> Outcome | None          KVM_EXIT_DEBUG; `exit` has exception, pc, dr6, dr7
+    internal_error(vcpu, key) -> Outcome | None  KVM_EXIT_INTERNAL_ERROR; `on_fatal` is what is done without a hook
     irq_window(vcpu) -> Outcome | None           the guest can take an interrupt (no in-kernel irqchip)
     """
 
-    __slots__ = ("debug", "hypercall", "ioapic_eoi", "irq_window", "rdmsr", "wrmsr")
+    __slots__ = ("debug", "hypercall", "internal_error", "ioapic_eoi", "irq_window", "rdmsr", "wrmsr")
 
     def __init__(self) -> None:
         self.hypercall: Callable[[Vcpu, int, tuple[int, ...]], int] | None = None
@@ -49,6 +50,7 @@ class Hooks:
         self.wrmsr: Callable[[Vcpu, int, int], bool] | None = None
         self.ioapic_eoi: Callable[[int], None] | None = None
         self.debug: Callable[[Vcpu, object], Outcome | None] | None = None
+        self.internal_error: Callable[[Vcpu, int], Outcome | None] | None = None
         self.irq_window: Callable[[Vcpu], Outcome | None] | None = None
 
 
@@ -207,6 +209,12 @@ def on_debug(vcpu: Vcpu, key: int) -> Outcome | None:
     return on_fatal(vcpu, key) if hook is None else hook(vcpu, vcpu.state.run.debug.arch)
 
 
+def on_internal_error(vcpu: Vcpu, key: int) -> Outcome | None:
+    """KVM cannot emulate an instruction, perhaps because a debugger has put it there."""
+    hook = vcpu.hooks.internal_error
+    return on_fatal(vcpu, key) if hook is None else hook(vcpu, key)
+
+
 def on_irq_window(vcpu: Vcpu, key: int) -> Outcome | None:
     """The interrupt window that the host asked for is open."""
     hook = vcpu.hooks.irq_window
@@ -233,7 +241,7 @@ HANDLERS: dict[str, Handler] = {
     "SET_TPR": on_nothing,
     "TPR_ACCESS": on_nothing,
     "NMI": on_nothing,
-    "INTERNAL_ERROR": on_fatal,
+    "INTERNAL_ERROR": on_internal_error,
     "SYSTEM_EVENT": on_system_event,
     "IOAPIC_EOI": on_eoi,
     "HYPERV": on_fatal,

@@ -72,6 +72,8 @@ class HaltWatch:
         if not machine.try_control():
             return  # somebody else is pausing or closing: the timer comes again
         try:
+            if machine.held:
+                return  # whom a debugger has stopped, it may wake
             machine.freeze()
             if machine.running and all(can_never_wake(vcpu) for vcpu in machine.vcpus):
                 machine.finish(Outcome("HALTED", vcpu=0, detail="all vCPUs halted with interrupts off"))

@@ -24,6 +24,7 @@ from pykvm.core import reaper
 from pykvm.core.actions import ActionTable
 from pykvm.core.bus import Bus
 from pykvm.core.console import Console
+from pykvm.core.debugging import Debugging
 from pykvm.core.exits import Hooks
 from pykvm.core.halt import HaltWatch
 from pykvm.core.iothread import IoThread
@@ -38,7 +39,7 @@ from pykvm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Self
 
     from pykvm.core.device import Device, IrqLine
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 STOP_TIMEOUT_S = 5.0  # a vCPU leaves the guest in microseconds; longer means that a device's Python code hangs
 
 
-class Machine:
+class Machine(Debugging):
     """A bare machine: RAM, vCPUs, an irqchip, no device. `pykvm.board` puts a PC together from it.
 
     >>> with Machine(memory="1M", irqchip="none") as vm:
@@ -85,6 +86,7 @@ class Machine:
         self._owns_kvm = kvm is None
         self.kvm = kvm or Kvm()
         self._halt_watch = HaltWatch(self)
+        self._held = False
         try:
             self._add_ram()
             self._connect()
@@ -353,12 +355,38 @@ class Machine:
                 self._wait_paused()
 
     def thaw(self) -> None:
-        """Undo `freeze`, unless the run was ended or paused meanwhile."""
+        """Undo `freeze`, unless the run was ended or paused meanwhile, or a debugger holds it."""
         with self._control, self._changed:
-            waiting = [vcpu for vcpu in self.vcpus if self._active and not vcpu.running]
-            for vcpu in waiting:
-                vcpu.running = True
-                vcpu.resume()  # under the lock: another vCPU's end must not post its pause before this
+            if not self._held:
+                self._resume(self.vcpus)
+
+    def _resume(self, vcpus: Sequence[Vcpu]) -> None:
+        """Under `_changed`."""
+        for vcpu in [each for each in vcpus if self._active and not each.running]:
+            vcpu.running = True
+            vcpu.resume()  # under the lock: another vCPU's end must not post its pause before this
+
+    @property
+    def held(self) -> bool:
+        """Whether a debugger has stopped the vCPUs; the run goes on nevertheless, `wait` waits."""
+        return self._held
+
+    def hold(self) -> None:
+        """Stop every vCPU and keep it so, whoever resumes, until `release`. Not from a vCPU's thread."""
+        with self._control:
+            self._held = True
+            self.freeze()
+
+    def release(self) -> None:
+        """Let a machine that was held go on, if it is started."""
+        with self._control:
+            self._held = False
+            self.thaw()
+
+    def resume_only(self, vcpus: Sequence[Vcpu]) -> None:
+        """Run these vCPUs of a machine that is held."""
+        with self._control, self._changed:
+            self._resume(vcpus)
 
     def _end(self, outcome: Outcome | None, error: BaseException | None = None) -> None:
         """Record the run's end, under `_changed`: the first one counts."""

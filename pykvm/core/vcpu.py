@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         hooks: Hooks
         coalesced_lock: threading.Lock
 
+        def step_vcpu(self, vcpu: Vcpu) -> Outcome | None: ...
         def vcpu_stopped(self, vcpu: Vcpu, outcome: Outcome | None, error: BaseException | None) -> None: ...
 
 
@@ -84,6 +85,7 @@ class Vcpu:
         self.hooks = owner.hooks
         self.coalesced_lock = owner.coalesced_lock
         self.running = False
+        self.before_run: Callable[[Vcpu], Outcome | None] | None = None  # called once, on the way into the guest
         self.state: CData = ffi.new("struct pk_vcpu *")
         self._fd: VcpuFd | None = None
         self._mailbox: SimpleQueue[str | Callable[[], object]] = SimpleQueue()
@@ -163,6 +165,30 @@ class Vcpu:
         if self._fd is not None:
             lib.pk_kick(self.state)
 
+    def call(self, function: Callable[[], object], timeout_s: float) -> None:
+        """Run `function` on the vCPU's thread, where its ioctls belong, and wait for that; at once if it has none.
+
+        Raises what `function` raises, MachineStateError when the thread does not come to it in time.
+        """
+        if self._thread is None or self.on_own_thread():
+            function()
+            return
+        errors: list[BaseException] = []
+        done = threading.Event()
+
+        def run() -> None:
+            try:
+                function()
+            except BaseException as error:
+                errors.append(error)
+            done.set()
+
+        self.post(run)
+        if not done.wait(timeout_s):
+            raise MachineStateError(f"vCPU {self.index} does not answer: a device's code hangs")
+        if errors:
+            raise errors[0]
+
     def resume(self) -> None:
         """Let the vCPU's thread run the guest. The caller has set `running`."""
         if self._thread is None:
@@ -215,6 +241,7 @@ class Vcpu:
         outcome: Outcome | None = None
         error: BaseException | None = None
         try:
+            outcome = self._prepare()
             while outcome is None:
                 outcome = self._run_guest()
                 if outcome is None and self._told_to_stop():
@@ -226,6 +253,20 @@ class Vcpu:
             error = DeviceError(self._last_target(), "an access by the guest")
             error.__cause__ = problem
         self.owner.vcpu_stopped(self, outcome, error)
+
+    def _prepare(self) -> Outcome | None:
+        before, self.before_run = self.before_run, None
+        return None if before is None else before(self)
+
+    def called_away(self) -> bool:
+        """On the vCPU's thread, after EINTR: obey the mailbox; whether it asks to leave the guest.
+
+        That message is put back: whoever has called this returns None to the run loop, which obeys it.
+        """
+        if not self._told_to_stop():
+            return False
+        self.post(_PAUSE)
+        return True
 
     def _told_to_stop(self) -> bool:
         stop = False
@@ -242,7 +283,7 @@ class Vcpu:
             if route is None:
                 if key == -errno.EINTR:
                     return None
-                outcome = self._dispatch(key)
+                outcome = self.dispatch(key)
             else:
                 function, offset, size, write = route
                 if write:
@@ -253,7 +294,8 @@ class Vcpu:
             if outcome is not None:
                 return outcome
 
-    def _dispatch(self, key: int) -> Outcome | None:
+    def dispatch(self, key: int) -> Outcome | None:
+        """Handle the exit that pk_run has just returned as `key`."""
         if key < 0:
             self.fd.check_owner()  # in a forked child KVM_RUN fails with EIO
             raise KvmError("KVM_RUN", -key, ADVICE.get(("KVM_RUN", -key), ""))
@@ -280,12 +322,14 @@ class Vcpu:
         from pykvm.kvm.exits import reason_name
 
         self._paused_fd()
+        if self.before_run is not None and (outcome := self._prepare()) is not None:
+            return Exit("DEBUG", self._settled(outcome))
         key = lib.pk_run(self.state)
         if key == -errno.EINTR:
             return Exit("INTR", None)
         if key == KEY_COALESCED:
             return Exit("COALESCED", drain_coalesced(self))
-        result = Exit(reason_name(key & 0xFF) if key >= 0 else "ERROR", self._dispatch(key))
+        result = Exit(reason_name(key & 0xFF) if key >= 0 else "ERROR", self.dispatch(key))
         if key & 0xFF in (lib.KVM_EXIT_IO, lib.KVM_EXIT_MMIO):
             result.size, result.write = key >> SIZE_SHIFT & 0x7F, bool(key & KEY_WRITE)
             result.value = None if key & KEY_STRING else self.state.value
@@ -295,6 +339,15 @@ class Vcpu:
                 result.address = self.state.address
         result.outcome = self._settled(result.outcome)
         return result
+
+    def step(self) -> Outcome | None:
+        """Execute one instruction of a paused vCPU, its exits handled; what an Outcome ended, or None.
+
+        No interrupt is delivered meanwhile where KVM can hold them back. Raises DebugUnsupported where this host's
+        KVM cannot step (kvm_pvm in ring 3), MachineStateError while the vCPU runs.
+        """
+        self._paused_fd()
+        return self.owner.step_vcpu(self)
 
     def _settled(self, outcome: Outcome | None) -> Outcome | None:
         """`outcome`, after completing the access that gave it. After a crash kvm_run still has to say why: leave it."""
@@ -309,7 +362,7 @@ class Vcpu:
         An access that KVM hands over in parts (MMIO wider than 8 bytes or across a page) is handled to its end.
         """
         while (key := lib.pk_settle(self.state)) != -errno.EINTR:
-            outcome = self._dispatch(key)
+            outcome = self.dispatch(key)
             if outcome is not None:
                 return outcome
         return None

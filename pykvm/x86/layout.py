@@ -75,6 +75,7 @@ PORT_TESTDEV_LATCH32 = 0xE0
 PORT_TESTDEV_FLUSH = 0xE4
 PORT_TESTDEV_LATCH8 = 0xE8
 PORT_DEBUGCON = 0xE9  # Bochs, QEMU
+PORT_DEBUG_TRAP = 0xEC  # of pykvm's own breakpoints where KVM does not intercept INT3; no PC has anything there
 PORT_DEBUG_EXIT = 0xF4  # QEMU isa-debug-exit as everybody configures it
 PORT_SEABIOS_DEBUG = 0x402
 PORT_PVPANIC = 0x505

@@ -33,6 +33,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "exits": ("pykvm.core.exits",),
     "the vCPU": ("pykvm.core.vcpu",),
     "live objects": (
+        "pykvm.core.debugging",
         "pykvm.core.fastuart",
         "pykvm.core.halt",
         "pykvm.core.machine",

@@ -1,0 +1,79 @@
+"""The machine's methods that look inside the guest. Layer: core; all of it is in `pykvm.debug`, loaded when used."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pykvm.core.outcome import Outcome
+    from pykvm.core.vcpu import Vcpu
+    from pykvm.debug.breakpoints import Breakpoint, Debugger, OnHit
+    from pykvm.debug.symbols import Symbols
+
+
+class Debugging:
+    """Mixed into Machine."""
+
+    _debugger: Debugger | None = None
+    _symbols: Symbols | None = None
+
+    @property
+    def symbols(self) -> Symbols:
+        """Names of the guest's addresses: those of the kernel's ELF file, or what was assigned."""
+        if self._symbols is None:
+            from pykvm.debug.bootsymbols import boot_symbols
+
+            self._symbols = boot_symbols(getattr(self, "boot_config", None))
+        return self._symbols
+
+    @symbols.setter
+    def symbols(self, symbols: Symbols) -> None:
+        self._symbols = symbols
+
+    @property
+    def debugger(self) -> Debugger:
+        """What breakpoints, watchpoints and single steps share; made when first used."""
+        if self._debugger is None:
+            from pykvm.debug.breakpoints import Debugger
+
+            self._debugger = Debugger(self)  # type: ignore[arg-type]
+        return self._debugger
+
+    def breakpoint(
+        self,
+        where: int | str,
+        on_hit: OnHit | None = None,
+        *,
+        hardware: bool | None = None,
+        once: bool = False,
+    ) -> Breakpoint:
+        """Call `on_hit(vcpu, breakpoint)` on the vCPU's thread whenever a vCPU is about to execute `where`.
+
+        `where` is a linear address or the name of a symbol. The guest goes on after the call unless it returns an
+        Outcome, which ends the run; without `on_hit` a hit ends it with STOPPED. `start` then goes on after it.
+
+        Software breakpoints (any number) replace the instruction in guest memory: `where` has to be mapped by vCPU
+        0's page tables now, and nothing may overwrite it. Hardware ones (four) are free of both. `hardware` None takes
+        a software one where the address is mapped, else a hardware one. `once` removes it at the first hit.
+
+        Raises SymbolError, ConfigError, and DebugUnsupported where this host's KVM lacks the kind.
+        """
+        return self.debugger.add_breakpoint(where, on_hit, hardware=hardware, once=once)
+
+    def watchpoint(
+        self,
+        where: int | str,
+        on_hit: OnHit | None = None,
+        *,
+        length: int = 1,
+        write_only: bool = True,
+    ) -> Breakpoint:
+        """Call `on_hit(vcpu, breakpoint)` after an instruction that wrote to (or, not `write_only`, accessed) memory.
+
+        `where` is a linear address or a symbol's name, aligned to `length`: 1, 2, 4 or 8 bytes. It takes one of the
+        four hardware slots. Otherwise as `breakpoint`.
+        """
+        return self.debugger.add_watchpoint(where, on_hit, length=length, write_only=write_only)
+
+    def step_vcpu(self, vcpu: Vcpu) -> Outcome | None:
+        """`Vcpu.step`."""
+        return self.debugger.step(vcpu)
