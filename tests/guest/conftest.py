@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from pathlib import Path
 
 import pexpect
 import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
+from _lab_kernel import Cpio, Modules, read_module
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,6 +36,32 @@ def guest_modules() -> Path:
 def initramfs(images: Path) -> Path:
     """A busybox initramfs: a shell on the console, or `pykvm.run=COMMAND` and power off."""
     return images / "initramfs.cpio.gz"
+
+
+@pytest.fixture
+def initrd_with(tmp_path: Path, initramfs: Path, guest_modules: Path) -> Callable[..., Path]:
+    """initrd_with("virtio_mmio", "button", files={"etc/x": b"..."}) makes an initramfs that also has these.
+
+    The modules, with all that they need, are loaded before init says that it is up; files are executable.
+    """
+
+    def make(*modules: str, files: dict[str, bytes] | None = None) -> Path:
+        more = Cpio()
+        content = {
+            f"modules/{place:02}-{path.name.removesuffix('.xz')}": read_module(path)
+            for place, path in enumerate(Modules(guest_modules).order(*modules))
+        } | (files or {})
+        folders = {parent.as_posix() for name in content for parent in Path(name).parents[:-1]}
+        for folder in sorted(folders):
+            more.add(folder, stat.S_IFDIR | 0o755)
+        for name, data in content.items():
+            more.add(name, stat.S_IFREG | 0o755, data)
+        initrd = tmp_path / "initrd.cpio.gz"
+        base = initramfs.read_bytes()
+        initrd.write_bytes(base + bytes(-len(base) % 4) + more.finish())  # Linux wants an archive to start aligned
+        return initrd
+
+    return make
 
 
 @pytest.fixture
