@@ -18,8 +18,8 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-SOURCES = ("runloop.c", "kick.c", "dynlib.c", "virtio.c", "blk.c")
-LOCAL_HEADERS = ("runloop.h", "dynlib.h", "virtio.h", "blk.h")
+SOURCES = ("runloop.c", "kick.c", "dynlib.c", "virtio.c", "guestmem.c", "virtqueue.c", "ioloop.c", "blk.c")
+LOCAL_HEADERS = ("runloop.h", "dynlib.h", "virtio.h", "guestmem.h", "virtqueue.h", "ioloop.h", "blk.h")
 
 HEADERS = (
     "linux/falloc.h",

@@ -12,16 +12,19 @@ import threading
 from bisect import insort
 from time import monotonic
 
-from pykvm._native import lib
+from pykvm._native import ffi, lib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pykvm._native import CData
+
     Callback = Callable[[], object]
 
 
 MANY_TIMERS = 64
+MANY_EVENTS = 32  # taken from epoll at once
 
 
 class Timer:
@@ -56,6 +59,7 @@ class IoThread:
         self._writers: dict[int, Callback] = {}
         self._stopping = False
         self._epoll: select.epoll | None = None
+        self._native: CData = ffi.NULL  # struct pk_io *, once the thread was started
         self._wake_fd = -1
 
     # -- from any thread ----------------------------------------------------------------------------------------
@@ -85,8 +89,15 @@ class IoThread:
         self._watch(fd, self._readers, callback)
 
     def remove_reader(self, fd: int) -> None:
-        """Forget `fd` as a reader; call this before closing it."""
+        """Forget `fd` as a reader, and its handler; call this before closing it, without its device's lock."""
         self._unwatch(fd, self._readers)
+
+    def add_handler(self, fd: int, handler: CData) -> None:
+        """Let C serve `fd` by a struct pk_handler * (native/ioloop.h); its reader is called when that asks for it."""
+        with self._lock:
+            self._start()
+        if self._native != ffi.NULL and lib.pk_io_handle(self._native, fd, handler) < 0:
+            raise MemoryError("handler")
 
     def add_writer(self, fd: int, callback: Callback) -> None:
         """Run `callback` whenever `fd` takes output (level-triggered), and when it is broken."""
@@ -119,6 +130,8 @@ class IoThread:
                 self._epoll.modify(fd, events)
             else:
                 self._epoll.unregister(fd)
+        # outside the lock, for which a device may wait while its handler in C waits for the device
+        lib.pk_io_handle(self._native, fd, ffi.NULL)
 
     def _events(self, fd: int) -> int:
         return (select.EPOLLIN if fd in self._readers else 0) | (select.EPOLLOUT if fd in self._writers else 0)
@@ -138,6 +151,10 @@ class IoThread:
 
     def _start(self) -> None:
         if self._thread is None and not self._stopping:
+            native = lib.pk_io_new()
+            if native == ffi.NULL:
+                raise MemoryError("I/O thread")
+            self._native = ffi.gc(native, lib.pk_io_free)
             self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
             self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self._epoll.register(self._wake_fd, select.EPOLLIN)
@@ -152,8 +169,14 @@ class IoThread:
     def _main(self) -> None:
         lib.pk_thread_init()
         assert self._epoll is not None
+        native, epoll = self._native, self._epoll.fileno()
+        ready = ffi.new("struct pk_ready[]", MANY_EVENTS)
         while not self._stopping:
-            for fd, events in self._epoll.poll(self._timeout()):
+            count = lib.pk_io_wait(native, epoll, self._timeout_ns(), ready, MANY_EVENTS)
+            if count < 0:
+                self._on_error(OSError(-count, "the I/O thread cannot wait"))
+                break
+            for fd, events in [(each.fd, each.events) for each in ready[0:count]]:
                 if fd == self._wake_fd:
                     os.eventfd_read(fd)
                     continue
@@ -169,11 +192,11 @@ class IoThread:
             os.close(self._wake_fd)
             self._wake_fd = -1
 
-    def _timeout(self) -> float:
+    def _timeout_ns(self) -> int:
         with self._lock:
             if self._soon:
                 return 0
-            return max(0.0, self._timers[0].due - monotonic()) if self._timers else -1
+            return max(0, int((self._timers[0].due - monotonic()) * 1e9)) if self._timers else -1
 
     def _due(self) -> list[Callback]:
         now = monotonic()

@@ -19,6 +19,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pykvm._native import CData
+
 PAGE_SIZE = 4096
 HUGE_PAGE_SIZE = 2 << 20
 
@@ -26,7 +28,7 @@ HUGE_PAGE_SIZE = 2 << 20
 class Slot:
     """One memslot: [gpa, gpa + size) of the guest backed by host memory at `hva`."""
 
-    __slots__ = ("fd", "fd_offset", "gpa", "hva", "index", "map", "name", "readonly", "size", "view")
+    __slots__ = ("dirty", "fd", "fd_offset", "gpa", "hva", "index", "map", "name", "readonly", "size", "view")
 
     def __init__(self, index: int, gpa: int, size: int, backing: mmap.mmap, name: str, readonly: bool, fd: int) -> None:
         self.index = index
@@ -38,6 +40,7 @@ class Slot:
         self.fd = fd
         self.fd_offset = 0
         self.view = memoryview(backing)
+        self.dirty: CData = ffi.NULL  # uint64_t[], a bit for each page that devices in C wrote; see publish()
         self.hva = int(ffi.cast("uintptr_t", ffi.from_buffer(backing)))
 
     @property
@@ -63,6 +66,8 @@ class GuestMemory:
         self.memfd = memfd
         self.hugepages = hugepages
         self.slots: list[Slot] = []
+        self._native: CData | None = None
+        self._published: list[CData] = []
 
     # -- making slots -------------------------------------------------------------------------------------------
 
@@ -91,11 +96,13 @@ class GuestMemory:
         slot = Slot(index, gpa, size, backing, name, readonly, fd)
         self.slots.append(slot)
         self.slots.sort(key=lambda each: each.gpa)
+        self.publish()
         return slot
 
     def remove(self, slot: Slot) -> None:
         """Unmap a slot that KVM no longer knows."""
         self.slots.remove(slot)
+        self.publish()
         _release(slot)
 
     def close(self) -> None:
@@ -103,6 +110,28 @@ class GuestMemory:
         for slot in self.slots:
             _release(slot)
         self.slots.clear()
+
+    # -- for C --------------------------------------------------------------------------------------------------
+
+    @property
+    def native(self) -> CData:
+        """The slots as C sees them: a struct pk_memory * (native/guestmem.h) that lives as long as this object."""
+        if self._native is None:
+            self._native = ffi.new("struct pk_memory *")
+            self.publish()
+        return self._native
+
+    def publish(self) -> None:
+        """Tell C what changed in `slots` (also a bitmap in `Slot.dirty`): a new table, swapped whole."""
+        if self._native is None:
+            return
+        entries = [
+            (slot.gpa, slot.size, ffi.cast("uint8_t *", slot.hva), slot.dirty, slot.readonly) for slot in self.slots
+        ]
+        slots = ffi.new("struct pk_slot[]", entries)
+        table = ffi.new("struct pk_slots *", (len(entries), slots))
+        self._published += [slots, table]  # C may be inside an older one
+        self._native.slots = table
 
     # -- finding ------------------------------------------------------------------------------------------------
 

@@ -17,10 +17,13 @@ from pykvm.virtio.chain import slices
 from pykvm.virtio.device import VirtioDevice
 from pykvm.virtio.diskfile import SECTOR, DiskFile
 from pykvm.virtio.fault import DriverFault
+from pykvm.virtio.native import NativeLock, NativeQueue, interrupt_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pykvm._native import CData
     from pykvm.virtio.chain import Chain
+    from pykvm.virtio.mmio import VirtioMmio
     from pykvm.virtio.queue import Virtqueue
     from pykvm.virtio.rate import RateLimit
 
@@ -69,7 +72,8 @@ class Disk(VirtioDevice):
     id        the serial number that the guest sees, up to 20 ASCII characters
     direct    past the host's page cache (O_DIRECT)
     queues    request queues, one for each CPU that shall have its own
-    limit     a rate limit for bytes and requests
+    limit     a rate limit for bytes and requests; Python then serves them all
+    native    C serves what it can; False: Python does, as C's reference
 
     A writer has the image to itself: another one, of pykvm or QEMU, is refused. Raises ConfigError.
     """
@@ -85,6 +89,7 @@ class Disk(VirtioDevice):
         direct: bool = False,
         queues: int = 1,
         limit: RateLimit | None = None,
+        native: bool = True,
     ) -> None:
         if not id.isascii() or len(id) > ID_BYTES or not id.isprintable():
             raise ConfigError("disk", f"id {id!r} is not up to {ID_BYTES} printable ASCII characters")
@@ -101,11 +106,38 @@ class Disk(VirtioDevice):
         self.features |= _bits("RO") if readonly else _bits("DISCARD", "WRITE_ZEROES")
         if queues > 1:
             self.features |= _bits("MQ")
-        self.requests = dict.fromkeys(NAMES, 0)
+        self.native = native
         self.errors = 0
-        self._write_through = False
+        self._requests = dict.fromkeys(NAMES, 0)
         self._said: set[str] = set()
         self._config = self._make_config()
+        self._plane: CData = ffi.new("struct pk_blk *")
+        self._plane_queues: list[CData] = []
+
+    @property
+    def requests(self) -> dict[str, int]:
+        """How many requests of each kind were served."""
+        counts = {NAMES[kind]: count for kind, count in self._requests.items()}
+        for name, count in (("read", "reads"), ("write", "writes"), ("flush", "flushes")):
+            counts[name] += int(getattr(self._plane, count))
+        return counts
+
+    def bind(self, transport: VirtioMmio) -> None:
+        """Let C serve the queues, unless a rate limit has to be kept to."""
+        super().bind(transport)
+        if not isinstance(transport.lock, NativeLock) or self.limit is not None:
+            return
+        plane = self._plane
+        plane.lock, plane.fd, plane.sectors = transport.lock.handle, self.file.fd, self.capacity
+        plane.readonly = self.file.readonly
+        plane.unit = self.file.block_size if self.file.direct else 1
+        interrupt_of(transport, plane.interrupt)
+        for queue, kick in zip(self.queues, transport.kicks, strict=True):
+            assert isinstance(queue, NativeQueue)
+            entry = ffi.new("struct pk_blk_queue *", {"disk": plane, "queue": queue.state})
+            lib.pk_blk_queue_init(entry)
+            self._plane_queues.append(entry)
+            self.io.add_handler(kick, ffi.addressof(entry, "handler"))
 
     def _make_config(self) -> bytes:
         """The configuration space (5.2.4)."""
@@ -131,11 +163,36 @@ class Disk(VirtioDevice):
 
     def activate(self, features: int) -> None:
         """Without VIRTIO_BLK_F_FLUSH the driver never flushes: each write is on stable storage by itself (5.2.6.2)."""
-        self._write_through = not features & _bits("FLUSH")
+        self._plane.write_through = not features & _bits("FLUSH")
+        self._plane.active = 1
+
+    def stop(self) -> None:
+        """Nothing is served until a reset."""
+        self._plane.active = 0
+
+    def reset(self) -> None:
+        """Nothing is in flight: requests are finished one by one."""
+        self._plane.active = 0
 
     def close(self) -> None:
         """Close the image."""
         self.file.close()
+
+    def on_notify(self, queue: Virtqueue) -> None:
+        """Serve a queue by C, and by Python the requests that C leaves."""
+        if not self._plane_queues:
+            super().on_notify(queue)
+            return
+        for _ in range(queue.size):
+            verdict = lib.pk_blk_serve(self._plane_queues[queue.index])
+            if verdict != lib.PK_BLK_PYTHON:
+                break
+            chain = queue.pop()
+            if chain is not None:
+                queue.push(chain, self.on_request(queue, chain))
+        if verdict != lib.PK_BLK_DONE:
+            self.transport.notify(queue.index)
+        self.transport.interrupt(queue)
 
     # -- requests (5.2.6) ---------------------------------------------------------------------------------------
 
@@ -150,33 +207,37 @@ class Disk(VirtioDevice):
             if len(header) < HEADER.size:
                 raise _Refused(IOERR, f"a header of {len(header)} bytes")
             kind, _, sector = HEADER.unpack(header)
-            status, written = OK, self._serve(kind, sector, chain, room)
-            self.requests[kind] += 1
+            self._serve(kind, sector, chain, room)
+            status = OK
         except (OSError, _Refused) as error:
-            status, written = self._failed(kind, error), room
+            status = self._failed(kind, error)
         chain.write(bytes((status,)), room)
-        return written + 1 if written == room else room + 1
+        return room + 1
 
-    def _serve(self, kind: int, sector: int, chain: Chain, room: int) -> int:
-        """Bytes of data written to the driver, before the status."""
+    def _serve(self, kind: int, sector: int, chain: Chain, room: int) -> None:
+        """Do what a request asks for; `room` is how many bytes it has for an answer before its status."""
         if kind == lib.VIRTIO_BLK_T_IN:
             self.file.read(slices(chain.writable, 0, room), self._offset(sector, room))
-            return room
-        if kind == lib.VIRTIO_BLK_T_OUT:
+        elif kind == lib.VIRTIO_BLK_T_OUT:
             data = slices(chain.readable, HEADER.size)
             self._check_writable()
             offset = self._offset(sector, chain.readable_size - HEADER.size)
-            self.file.write(data, offset, sync=self._write_through)
+            self.file.write(data, offset, sync=bool(self._plane.write_through))
         elif kind == lib.VIRTIO_BLK_T_FLUSH:
-            self.file.flush()
+            self._flush()
         elif kind == lib.VIRTIO_BLK_T_GET_ID:
             chain.write(self.id.ljust(ID_BYTES, b"\0")[:room])
-            return min(room, ID_BYTES)
         elif kind in (lib.VIRTIO_BLK_T_DISCARD, lib.VIRTIO_BLK_T_WRITE_ZEROES):
             self._erase(kind == lib.VIRTIO_BLK_T_WRITE_ZEROES, chain)
         else:
             raise _Refused(UNSUPP, "a type that is not known")
-        return 0
+        self._requests[kind] += 1
+
+    def _flush(self) -> None:
+        error, self._plane.flush_error = self._plane.flush_error, 0
+        if error:  # C heard of it, and the kernel tells it only once
+            raise OSError(error, os.strerror(error))
+        self.file.flush()
 
     def _check_writable(self) -> None:
         if self.file.readonly:
@@ -209,7 +270,7 @@ class Disk(VirtioDevice):
                 self.file.write_zeroes(offset, length, unmap=unmap)
             else:
                 self.file.discard(offset, length)
-        if self._write_through:
+        if self._plane.write_through:
             self.file.flush()
 
     def _failed(self, kind: int, error: OSError | _Refused) -> int:

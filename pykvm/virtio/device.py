@@ -37,6 +37,7 @@ class VirtioDevice:
     features     device-specific feature bits offered; the transport adds VERSION_1, INDIRECT_DESC and EVENT_IDX
     queue_sizes  the maximum size of each queue, powers of two up to 1024
     external     a back end in another process serves the queues: nothing here polls their kick eventfds
+    native       C serves the queues as well: they and the lock are those of pykvm.virtio.native
     limit        a RateLimit that `on_notify` keeps to, or None
     """
 
@@ -45,6 +46,7 @@ class VirtioDevice:
     features = 0
     queue_sizes: Sequence[int] = ()
     external = False
+    native = False
     limit: RateLimit | None = None
     throttle: Throttle | None = None  # made by `bind` from `limit`
 
@@ -101,6 +103,9 @@ class VirtioDevice:
         else:
             self.transport.notify(queue.index)
         self.transport.interrupt(queue)
+
+    def stop(self) -> None:
+        """The device stopped with NEEDS_RESET: nothing is served until a reset."""
 
     def reset(self) -> None:
         """The driver or the machine reset the device: forget requests in flight. The queues are reset afterwards."""

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pykvm.core.outcome import Outcome
     from pykvm.kvm.vm import VmFd
     from pykvm.virtio.device import VirtioDevice
+    from pykvm.virtio.native import NativeLock
 
 MAGIC = int.from_bytes(b"virt", "little")
 VERSION = 2
@@ -67,8 +68,13 @@ class VirtioMmio(Device):
         self.io = io
         self.base = base
         self.gsi = gsi
-        self.lock = threading.RLock()
-        self.queues = [Virtqueue(index, size, memory) for index, size in enumerate(device.queue_sizes)]
+        self.lock: threading.RLock | NativeLock = threading.RLock()
+        make_queue: type[Virtqueue] = Virtqueue
+        if device.native:
+            from pykvm.virtio.native import NativeLock, NativeQueue
+
+            self.lock, make_queue = NativeLock(), NativeQueue
+        self.queues = [make_queue(index, size, memory) for index, size in enumerate(device.queue_sizes)]
         self.kicks = [_eventfd() for _ in self.queues]
         self.call = _eventfd()
         self.faults = 0
@@ -84,6 +90,11 @@ class VirtioMmio(Device):
         if not device.external:
             for index, kick in enumerate(self.kicks):
                 io.add_reader(kick, self._on_ready[index])
+
+    @property
+    def interrupt_status(self) -> CData:
+        """The register InterruptStatus, a uint32_t * for atomic operations."""
+        return self._word
 
     def _forget(self) -> None:
         self.status = 0
@@ -174,6 +185,7 @@ class VirtioMmio(Device):
                 return
             self.status |= NEEDS_RESET
             self.faults += 1
+            self.device.stop()
             if self.faults <= LOGGED_FAULTS:  # a driver may break a rule and reset the device all day long
                 log.warning("virtio device stopped", device=self.name, reason=why)
             if self.status & DRIVER_OK:

@@ -190,6 +190,9 @@ class StillIo(IoThread):
         """Remember the callback."""
         self._readers[fd] = callback  # type: ignore[assignment]
 
+    def add_handler(self, fd: int, handler: object) -> None:
+        """Nothing waits in C here: the reader serves, and calls C itself."""
+
     def remove_reader(self, fd: int) -> None:
         """Forget it."""
         self._readers.pop(fd, None)

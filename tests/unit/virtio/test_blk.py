@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from driver import RAM, WRITE, Driver
@@ -16,6 +17,7 @@ from pykvm.errors import ConfigError
 from pykvm.virtio.blk import MAX_DISCARD_SECTORS, MAX_SEGMENTS, MAX_ZERO_SECTORS, QUEUE_SIZE, Disk
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 IN, OUT, FLUSH = lib.VIRTIO_BLK_T_IN, lib.VIRTIO_BLK_T_OUT, lib.VIRTIO_BLK_T_FLUSH
@@ -23,7 +25,6 @@ GET_ID, DISCARD, ZEROES = lib.VIRTIO_BLK_T_GET_ID, lib.VIRTIO_BLK_T_DISCARD, lib
 OK, IOERR, UNSUPP = lib.VIRTIO_BLK_S_OK, lib.VIRTIO_BLK_S_IOERR, lib.VIRTIO_BLK_S_UNSUPP
 SECTORS = 256
 CONTENT = b"".join(struct.pack("<Q", n) * 64 for n in range(SECTORS))
-Drive = "Callable[[VirtioDevice], Driver]"
 
 
 @pytest.fixture
@@ -58,11 +59,25 @@ def request(driver: Driver, kind: int, sector: int = 0, data: bytes = b"", room:
     return driver.memory.read_u8(places[-1]), driver.memory.read(places[0], room) if room else b""
 
 
-def started(drive: Drive, path: Path, **options: object) -> Driver:
-    """A disk with its driver, ready."""
-    driver: Driver = drive(Disk(path, **options))  # type: ignore[operator, arg-type]
-    driver.start()
-    return driver
+@pytest.fixture(params=[True, False], ids=["c", "python"])
+def start(drive: Callable[[Disk], Driver], request: pytest.FixtureRequest) -> Callable[..., Driver]:
+    """start(path, OPTION=...) makes a disk with its driver, ready: served by C where it can, and all by Python."""
+
+    def make(path: Path, features: int | None = None, **options: Any) -> Driver:
+        driver = drive(Disk(path, **{"native": request.param} | options))
+        driver.start(features)
+        return driver
+
+    return make
+
+
+Start = "Callable[..., Driver]"
+
+
+def disk(driver: Driver) -> Disk:
+    """The device."""
+    assert isinstance(driver.transport.device, Disk)
+    return driver.transport.device
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, function: str, code: int) -> None:
@@ -78,9 +93,9 @@ def failing(monkeypatch: pytest.MonkeyPatch, function: str, code: int) -> None:
 
 
 @pytest.mark.parametrize("direct", [False, True])
-def test_reads_and_writes(drive: Drive, image: Path, direct: bool) -> None:
+def test_reads_and_writes(start: Start, image: Path, direct: bool) -> None:
     """Sectors come and go at their place, whatever the alignment of the guest's buffers."""
-    driver = started(drive, image, direct=direct)
+    driver = start(image, direct=direct)
     assert request(driver, IN, 3, room=1024) == (OK, CONTENT[1536:2560])
     assert request(driver, OUT, 255, data=b"z" * 512) == (OK, b"")
     driver.allocate(1)
@@ -90,9 +105,9 @@ def test_reads_and_writes(drive: Drive, image: Path, direct: bool) -> None:
     assert image.read_bytes()[4096:8192] == b"a" * 4096
 
 
-def test_the_framing_is_the_drivers(drive: Drive, image: Path) -> None:
+def test_the_framing_is_the_drivers(start: Start, image: Path) -> None:
     """Header, data and status may be cut into buffers anywhere (2.7.4: no assumptions on framing)."""
-    driver = started(drive, image)
+    driver = start(image)
     (queue,) = driver.queues
     head = header(OUT, 1) + b"x" * 512
     queue.add([head[:7], head[7:20], head[20:]], [1])
@@ -102,18 +117,16 @@ def test_the_framing_is_the_drivers(drive: Drive, image: Path) -> None:
     assert driver.memory.read(places[0], 100) + driver.memory.read(places[1], 413) == b"x" * 512 + bytes([OK])
 
 
-def test_flush_reaches_the_file(drive: Drive, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flush_reaches_the_file(start: Start, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flush is an fdatasync of the image; without the feature every write is on stable storage by itself."""
     synced: list[int] = []
     monkeypatch.setattr(os, "fdatasync", synced.append)
-    device = Disk(image)
-    driver: Driver = drive(device)  # type: ignore[operator]
-    driver.start()
+    driver = start(image, native=False)
     assert request(driver, FLUSH) == (OK, b"")
-    assert synced == [device.file.fd]
+    assert synced == [disk(driver).file.fd]
 
 
-def test_write_through_without_the_flush_feature(drive: Drive, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_through_without_the_flush_feature(start: Start, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver that cannot flush gets each write on stable storage before its end (5.2.6.2)."""
     flags: list[int] = []
     real = os.pwritev
@@ -123,22 +136,21 @@ def test_write_through_without_the_flush_feature(drive: Drive, image: Path, monk
         return real(fd, buffers, offset, flag)
 
     monkeypatch.setattr(os, "pwritev", spy)
-    driver: Driver = drive(Disk(image))  # type: ignore[operator]
-    driver.start(0)
+    driver = start(image, 0, native=False)
     assert request(driver, OUT, 0, data=bytes(512)) == (OK, b"")
     assert flags == [os.RWF_DSYNC]
 
 
-def test_serial_number(drive: Drive, image: Path) -> None:
+def test_serial_number(start: Start, image: Path) -> None:
     """GET_ID gives the id, padded with zeroes, as far as there is room."""
-    driver = started(drive, image, id="root-0001")
+    driver = start(image, id="root-0001")
     assert request(driver, GET_ID, room=20) == (OK, b"root-0001".ljust(20, b"\0"))
     assert request(driver, GET_ID, room=4) == (OK, b"root")
 
 
-def test_configuration(drive: Drive, image: Path) -> None:
+def test_configuration(start: Start, image: Path) -> None:
     """The configuration space names capacity, segments, sizes and queues."""
-    driver: Driver = drive(Disk(image, queues=4))  # type: ignore[operator]
+    driver = start(image, queues=4)
     config = ffi.new("struct virtio_blk_config *")
     size = ffi.sizeof("struct virtio_blk_config")
     for at in range(size):
@@ -148,20 +160,20 @@ def test_configuration(drive: Drive, image: Path) -> None:
     assert driver.features() >> lib.VIRTIO_BLK_F_MQ & 1
 
 
-def test_every_queue_is_served(drive: Drive, image: Path) -> None:
+def test_every_queue_is_served(start: Start, image: Path) -> None:
     """Each queue of a multi-queue disk takes requests."""
-    driver = started(drive, image, queues=3)
+    driver = start(image, queues=3)
     for index, queue in enumerate(driver.queues):
         places = queue.add([header(IN, index)], [512, 1])
         queue.kick()
         assert driver.memory.read_u64(places[0]) == index
 
 
-def test_discard_frees_space(drive: Drive, tmp_path: Path) -> None:
+def test_discard_frees_space(start: Start, tmp_path: Path) -> None:
     """A discarded range takes no blocks of the host's file system any more, and reads as zeroes."""
     path = tmp_path / "big.img"
     path.write_bytes(b"x" * (1 << 20))
-    driver = started(drive, path)
+    driver = start(path)
     before = path.stat().st_blocks
     segment = struct.pack("<QII", 0, 1024, 0)
     assert request(driver, DISCARD, data=segment) == (OK, b"")
@@ -172,11 +184,11 @@ def test_discard_frees_space(drive: Drive, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("unmap", [0, 1])
 @pytest.mark.parametrize("supported", [True, False])
-def test_write_zeroes(drive: Drive, image: Path, unmap: int, supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_zeroes(start: Start, image: Path, unmap: int, supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The range is zeroes afterwards, whether the file system helps or not."""
     if not supported:
         monkeypatch.setattr("pykvm.virtio.diskfile.DiskFile._fallocate", lambda *_: failed(errno.EOPNOTSUPP))
-    driver = started(drive, image)
+    driver = start(image)
     segments = struct.pack("<QIIQII", 1, 2, unmap, 9, 1, unmap)
     assert request(driver, ZEROES, data=segments) == (OK, b"")
     expected = CONTENT[:512] + bytes(1024) + CONTENT[1536 : 9 * 512] + bytes(512) + CONTENT[10 * 512 :]
@@ -215,18 +227,18 @@ def failed(code: int) -> None:
         (0xFFFFFFFF, 0, b"", 0, UNSUPP),
     ],
 )
-def test_bad_requests(drive: Drive, image: Path, kind: int, sector: int, data: bytes, room: int, status: int) -> None:
+def test_bad_requests(start: Start, image: Path, kind: int, sector: int, data: bytes, room: int, status: int) -> None:
     """A request outside the rules gets its status, changes nothing, and the next one works."""
-    driver = started(drive, image)
+    driver = start(image)
     assert request(driver, kind, sector, data, room)[0] == status
     assert image.read_bytes() == CONTENT
     assert request(driver, IN, 7, room=512) == (OK, CONTENT[3584:4096])
     assert not driver.needs_reset
 
 
-def test_a_short_header_is_an_error(drive: Drive, image: Path) -> None:
+def test_a_short_header_is_an_error(start: Start, image: Path) -> None:
     """Fewer bytes than a header fail with IOERR."""
-    driver = started(drive, image)
+    driver = start(image)
     (queue,) = driver.queues
     (place,) = queue.add([bytes(15)], [1])
     queue.kick()
@@ -234,17 +246,17 @@ def test_a_short_header_is_an_error(drive: Drive, image: Path) -> None:
     assert driver.memory.read_u8(place) == IOERR
 
 
-def test_no_room_for_the_status_stops_the_device(drive: Drive, image: Path) -> None:
+def test_no_room_for_the_status_stops_the_device(start: Start, image: Path) -> None:
     """Nothing can be said to such a driver: the device asks for a reset."""
-    driver = started(drive, image)
+    driver = start(image)
     driver.queues[0].add([header(IN)], [])
     driver.queues[0].kick()
     assert driver.needs_reset
 
 
-def test_read_only_is_enforced(drive: Drive, image: Path) -> None:
+def test_read_only_is_enforced(start: Start, image: Path) -> None:
     """Writes, discards and zeroes fail on a read-only disk, which says that it is one; reads and flushes do not."""
-    driver = started(drive, image, readonly=True)
+    driver = start(image, readonly=True)
     assert driver.features() >> lib.VIRTIO_BLK_F_RO & 1
     assert not driver.features() >> lib.VIRTIO_BLK_F_DISCARD & 1
     segment = struct.pack("<QII", 0, 1, 0)
@@ -259,10 +271,10 @@ def test_read_only_is_enforced(drive: Drive, image: Path) -> None:
 
 
 def test_full_file_system(
-    drive: Drive, image: Path, monkeypatch: pytest.MonkeyPatch, said: list[dict[str, object]]
+    start: Start, image: Path, monkeypatch: pytest.MonkeyPatch, said: list[dict[str, object]]
 ) -> None:
     """ENOSPC is an I/O error for the guest and one line for the user, however often it happens."""
-    driver = started(drive, image)
+    driver = start(image, native=False)
     with monkeypatch.context() as patch:
         failing(patch, "pwritev", errno.ENOSPC)
         for _ in range(3):
@@ -271,9 +283,9 @@ def test_full_file_system(
     assert said == [{"disk": str(image), "request": "write", "reason": "No space left on device"}]
 
 
-def test_file_cut_short(drive: Drive, image: Path, said: list[dict[str, object]]) -> None:
+def test_file_cut_short(start: Start, image: Path, said: list[dict[str, object]]) -> None:
     """Sectors that the file lost give I/O errors, those before its new end are still there."""
-    driver = started(drive, image)
+    driver = start(image)
     os.truncate(image, 8192)
     assert request(driver, IN, 15, room=1024)[0] == IOERR
     assert request(driver, IN, 200, room=512)[0] == IOERR
@@ -281,10 +293,40 @@ def test_file_cut_short(drive: Drive, image: Path, said: list[dict[str, object]]
     assert said == [{"disk": str(image), "request": "read", "reason": "the file ends before the disk does"}]
 
 
-def test_failing_flush(drive: Drive, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_flush(start: Start, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flush that the host cannot do is never reported as done."""
     failing(monkeypatch, "fdatasync", errno.EIO)
-    assert request(started(drive, image), FLUSH)[0] == IOERR
+    assert request(start(image, native=False), FLUSH)[0] == IOERR
+
+
+def test_failing_flush_in_c(start: Start, image: Path, said: list[dict[str, object]]) -> None:
+    """An error that the kernel told C is not lost on its way to Python, where a second try would succeed."""
+    driver = start(image)
+    plane, whole = disk(driver)._plane, disk(driver).file.fd
+    reading, writing = os.pipe()
+    plane.fd = reading  # fdatasync says EINVAL
+    expected = IOERR if plane.lock else OK
+    assert request(driver, FLUSH)[0] == expected
+    plane.fd = whole
+    assert request(driver, FLUSH)[0] == OK
+    assert len(said) == (expected == IOERR)
+    os.close(reading)
+    os.close(writing)
+
+
+def test_write_that_does_not_fit(start: Start, image: Path, said: list[dict[str, object]]) -> None:
+    """A write that the host takes only a part of is an error; what was there before it still can be read."""
+    driver = start(image)
+    os.truncate(image, 8192)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    try:
+        assert request(driver, OUT, 15, data=b"n" * 1024)[0] == IOERR
+        assert request(driver, OUT, 20, data=b"n" * 512)[0] == IOERR
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert said == [{"disk": str(image), "request": "write", "reason": "File too large"}]
+    assert request(driver, IN, 0, room=512) == (OK, CONTENT[:512])
 
 
 # -- opening -------------------------------------------------------------------------------------------------------
@@ -331,12 +373,12 @@ def test_bad_options(image: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
-def test_a_large_request_in_many_buffers(drive: Drive, tmp_path: Path) -> None:
+def test_a_large_request_in_many_buffers(start: Start, tmp_path: Path) -> None:
     """More buffers than one system call takes, over direct I/O's bounce buffer and without."""
     path = tmp_path / "large.img"
     path.write_bytes(os.urandom(RAM))
     for direct in (False, True):
-        driver = started(drive, path, direct=direct)
+        driver = start(path, direct=direct)
         parts = [(driver.allocate(256), 256, WRITE) for _ in range(1000)]
         head = driver.allocate(16)
         driver.memory.write(head, header(IN, 5))
@@ -344,4 +386,4 @@ def test_a_large_request_in_many_buffers(drive: Drive, tmp_path: Path) -> None:
         driver.queues[0].kick()
         assert driver.queues[0].used() == [(0, 256_001)]
         assert driver.memory.read(parts[0][0], 256_000) == path.read_bytes()[2560 : 2560 + 256_000]
-        driver.transport.device.file.close()  # type: ignore[attr-defined]
+        disk(driver).file.close()
