@@ -22,9 +22,12 @@ if TYPE_CHECKING:
     from pykvm.core.vcpu import Exit, Vcpu
     from pykvm.debug.symbols import Symbols
     from pykvm.errors import (
+        CallError,
         ConfigError,
         DeviceError,
+        ExpectError,
         GuestAddressError,
+        GuestError,
         HostError,
         ImageError,
         KvmError,
@@ -48,9 +51,9 @@ _HOMES = {
     "pykvm.core.vcpu": ("Exit", "Vcpu"),
     "pykvm.debug.symbols": ("Symbols",),
     "pykvm.errors": (
-        "ConfigError", "DeviceError", "GuestAddressError", "HostError", "ImageError", "KvmError", "KvmUnavailable",
-        "MachineStateError", "MissingCapability", "PykvmError", "SymbolError",
-        "UsageError",
+        "CallError", "ConfigError", "DeviceError", "ExpectError", "GuestAddressError", "GuestError", "HostError",
+        "ImageError", "KvmError", "KvmUnavailable", "MachineStateError", "MissingCapability", "PykvmError",
+        "SymbolError", "UsageError",
     ),
     "pykvm.kvm.system": ("Kvm",),
     "pykvm.x86.segments": ("CpuState", "Segment"),
@@ -58,12 +61,15 @@ _HOMES = {
 
 __all__ = [
     "BootConfig",
+    "CallError",
     "ConfigError",
     "CpuState",
     "Device",
     "DeviceError",
     "Exit",
+    "ExpectError",
     "GuestAddressError",
+    "GuestError",
     "GuestMemory",
     "HostError",
     "ImageError",

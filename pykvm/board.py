@@ -166,6 +166,8 @@ class Pc(Machine):
                 fast.on_bytes(serial.flush)
             self.console.flushers.append(serial.flush)
             self.serial.append(serial)
+            if index == 0:
+                self.console.keyboard = serial
             self._serial_sinks.append(sink)
             self._attach_port(serial, port, 8)
 

@@ -12,6 +12,9 @@
     │   └── SymbolError      no symbol of this name: .name
     ├── GuestAddressError    an access outside guest memory: .gpa, .length
     ├── MachineStateError    an operation that the machine's state forbids
+    ├── GuestError           what a test asked of the guest did not happen: .outcome, .console (an AssertionError too)
+    │   ├── ExpectError      run_until or expect: the guest ended or time ran out first
+    │   └── CallError        call: the function ended the guest, or did not return: .function
     └── DeviceError          a user's device or hook raised: .device, __cause__ has the traceback
 
 A guest that ends, however badly, is an Outcome (pykvm.core.outcome), never an exception.
@@ -23,7 +26,9 @@ import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
+
+    from pykvm.core.outcome import Outcome
 
 
 class PykvmError(Exception):
@@ -110,6 +115,31 @@ class GuestAddressError(PykvmError, ValueError):
 
 class MachineStateError(PykvmError):
     """The machine (or vCPU) is in a state that does not allow the operation."""
+
+
+class GuestError(PykvmError, AssertionError):
+    """What a test asked of the guest did not happen. `outcome` is how the guest ended, None if it still could run on.
+
+    `console` has the last lines that it printed.
+    """
+
+    def __init__(self, message: str, outcome: Outcome | None, console: Sequence[str] = ()) -> None:
+        self.outcome = outcome
+        self.console = tuple(console)
+        said = "\n".join(f"  | {line}" for line in self.console)
+        super().__init__(f"{message}\nits last words:\n{said}" if said else f"{message}; it printed nothing")
+
+
+class ExpectError(GuestError):
+    """The guest ended, or its time was over, before it came to what was waited for."""
+
+
+class CallError(GuestError):
+    """A function called in the guest did not return. `function` is its name or address."""
+
+    def __init__(self, function: str, message: str, outcome: Outcome | None, console: Sequence[str] = ()) -> None:
+        self.function = function
+        super().__init__(f"{function}(): {message}", outcome, console)
 
 
 class DeviceError(PykvmError):

@@ -75,6 +75,7 @@ class ActionTable:
 
     def __init__(self) -> None:
         self.table: CData = ffi.NULL
+        self.suspended = False  # from the next start on everything goes to Python
         self._entries: list[CData] = []
         self._keep: list[object] = []
         self._rings: list[Ring] = []

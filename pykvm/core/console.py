@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import threading
 
+from pykvm.errors import MachineStateError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import re
+    from collections.abc import Callable, Sequence
+
+    from pykvm.testing.talk import Keyboard, Pattern, Talk
 
 KEEP = 1 << 20  # bytes remembered: a guest that prints for ever must not grow the host
 
@@ -20,6 +25,10 @@ class Console:
         self._tail = bytearray()
         self._lock = threading.Lock()  # innermost: nothing is called under it
         self.flushers: list[Callable[[], object]] = []
+        self.watchers: list[Callable[[], object]] = []  # called after each write; while there are any, soon after it
+        self.keyboard: Keyboard | None = None  # where input for this console goes
+        self.open_talk: Callable[[], Talk] | None = None
+        self._talk: Talk | None = None
         self._writers: set[int] = set()  # threads inside `sink`, which hold their device's lock
 
     def write(self, data: bytes) -> None:
@@ -35,6 +44,8 @@ class Console:
                 self.sink(data)
             finally:
                 self._writers.discard(threading.get_ident())
+        for watcher in self.watchers:
+            watcher()
 
     def flush(self) -> None:
         """Fetch what devices still hold back (rings filled by C); nothing when a sink calls it: it is told anyway."""
@@ -50,7 +61,41 @@ class Console:
         with self._lock:
             return bytes(self._tail)
 
+    def since(self, position: int) -> tuple[int, bytes]:
+        """(`total`, what was written from byte `position` on); what is forgotten already is left out."""
+        with self._lock:
+            new = min(self.total - position, len(self._tail))
+            return self.total, bytes(self._tail[-new:]) if new > 0 else b""
+
     @property
     def text(self) -> str:
         """`data` as text; bytes that are no UTF-8 become U+FFFD."""
         return self.data.decode("utf-8", "replace")
+
+    # -- conversation: pykvm.testing.talk ------------------------------------------------------------------------
+
+    @property
+    def talk(self) -> Talk:
+        """The conversation by `expect` and `send`. Raises MachineStateError for a console without a machine."""
+        if self._talk is None:
+            if self.open_talk is None:
+                raise MachineStateError("nobody is at the other end of this console")
+            self._talk = self.open_talk()
+        return self._talk
+
+    def expect(self, pattern: Pattern | Sequence[Pattern], timeout: float | None = 10.0) -> re.Match[str]:
+        """Run the guest until it has printed `pattern`; see Talk.expect. `before` is then what came before it."""
+        return self.talk.expect(pattern, timeout)
+
+    @property
+    def before(self) -> str:
+        """What the guest printed between the two last expected texts."""
+        return self.talk.before
+
+    def send(self, text: str | bytes) -> None:
+        """Type `text`; it arrives while the guest runs. Returns at once."""
+        self.talk.send(text)
+
+    def sendline(self, line: str = "", end: str = "\n") -> None:
+        """Type a line."""
+        self.talk.send(line + end)

@@ -24,8 +24,11 @@ class FastUart:
         self._machine = machine
 
     def on_bytes(self, flush: Callable[[], object]) -> None:
-        """Call `flush` on the I/O thread when the ring stops being empty: at once, or BATCH_S after the last time."""
-        io, eventfd = self._machine.io, self._ring.eventfd
+        """Call `flush` on the I/O thread when the ring stops being empty: at once, or BATCH_S after the last time.
+
+        It is at once as long as somebody waits for what the guest prints.
+        """
+        io, eventfd, console = self._machine.io, self._ring.eventfd, self._machine.console
         next_flush = 0.0
 
         def take() -> None:
@@ -36,7 +39,7 @@ class FastUart:
         def wake() -> None:
             os.eventfd_read(eventfd)
             wait = next_flush - monotonic()
-            if wait > 0:
+            if wait > 0 and not console.watchers:
                 io.call_later(wait, take)
             else:
                 take()

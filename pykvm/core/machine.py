@@ -25,6 +25,7 @@ from pykvm.core.actions import ActionTable
 from pykvm.core.bus import Bus
 from pykvm.core.console import Console
 from pykvm.core.debugging import Debugging
+from pykvm.core.driving import Driving
 from pykvm.core.exits import Hooks
 from pykvm.core.halt import HaltWatch
 from pykvm.core.iothread import IoThread
@@ -45,11 +46,12 @@ if TYPE_CHECKING:
     from pykvm.core.device import Device, IrqLine
     from pykvm.core.memory import Slot
     from pykvm.kvm.vm import VmFd
+    from pykvm.testing.talk import Talk
 
 STOP_TIMEOUT_S = 5.0  # a vCPU leaves the guest in microseconds; longer means that a device's Python code hangs
 
 
-class Machine(Debugging):
+class Machine(Debugging, Driving):
     """A bare machine: RAM, vCPUs, an irqchip, no device. `pykvm.board` puts a PC together from it.
 
     >>> with Machine(memory="1M", irqchip="none") as vm:
@@ -66,6 +68,7 @@ class Machine(Debugging):
         self.bus = Bus()
         self.hooks = Hooks()
         self.console = Console()
+        self.console.open_talk = self._open_talk
         self.actions = ActionTable()
         self.irqs = IrqController(self.config.irqchip)
         self.coalesced_lock = threading.Lock()
@@ -75,6 +78,7 @@ class Machine(Debugging):
         self.on_connect: list[Callable[[VmFd], object]] = []  # for each new KVM VM: at once, and after each reset
         self.on_reset: list[Callable[[], object]] = []
         self.on_close: list[Callable[[], object]] = []
+        self.on_end: list[Callable[[], object]] = []  # called under `_changed` when a run ends or is paused: only wake
         self._control = threading.RLock()
         self._changed = threading.Condition()
         self._active = False  # started and not ended or paused since, though vCPUs may be frozen for a moment
@@ -105,7 +109,9 @@ class Machine(Debugging):
 
     def _connect(self) -> None:
         """Make the KVM side of the machine: VM, slots, vCPUs."""
-        self._vm = create_vm(self.kvm, self.config, self.memory.slots)
+        self._vm = create_vm(self.kvm, self.config)
+        for slot in self.memory.slots:
+            map_slot(self._vm, slot)
         self.irqs.connect(self._vm)
         create_vcpus(self._vm, self.kvm, self.config, self.vcpus)
         for hook in self.on_connect:
@@ -197,7 +203,7 @@ class Machine(Debugging):
     def publish_actions(self) -> None:
         """Make vCPUs use the action table as it is now."""
         for vcpu in self.vcpus:
-            vcpu.state.table = self.actions.table
+            vcpu.state.table = ffi.NULL if self.actions.suspended else self.actions.table
 
     # -- running ------------------------------------------------------------------------------------------------
 
@@ -212,6 +218,12 @@ class Machine(Debugging):
         """How the last run ended; None while running and after a pause."""
         with self._changed:
             return self._outcome
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last run ended by itself: `wait` then tells how, at once."""
+        with self._changed:
+            return self._outcome is not None or self._error is not None
 
     def start(self) -> None:
         """Run the guest on the vCPUs' threads; returns at once. A machine that runs already goes on."""
@@ -249,9 +261,12 @@ class Machine(Debugging):
         return outcome
 
     def run(self, timeout: float | None = None) -> Outcome:
-        """Run the guest to its end, or for `timeout` seconds: then the Outcome is TIMEOUT and the machine is paused."""
+        """Run the guest to its end, or for `timeout` seconds: then the Outcome is TIMEOUT and the machine is paused.
+
+        Time in which the host kept the vCPUs waiting for a CPU does not count (see core.guestclock).
+        """
         self.start()
-        outcome = self.wait(timeout)
+        outcome = self.wait(None) if timeout is None else self._wait_guest_time(timeout)
         if outcome is None:
             self.pause()
             with self._changed:
@@ -260,10 +275,21 @@ class Machine(Debugging):
             self.console.flush()
         return outcome
 
+    def _wait_guest_time(self, timeout: float) -> Outcome | None:
+        from pykvm.core.guestclock import GuestClock
+
+        clock, left = GuestClock(self), timeout
+        while (outcome := self.wait(left)) is None and self.running:
+            left = timeout - clock.elapsed()
+            if left <= 0:
+                break
+        return outcome
+
     def pause(self) -> None:
         """Stop every vCPU between two instructions; `start` goes on. From a device: asks, and returns at once."""
         with self._changed:
             self._active = False
+            self._tell_of_the_end()
         if any(vcpu.on_own_thread() for vcpu in self.vcpus):
             self._ask_to_pause()
         else:
@@ -394,6 +420,16 @@ class Machine(Debugging):
         else:
             self._outcome = self._outcome or outcome
         self._changed.notify_all()
+        self._tell_of_the_end()
+
+    def _tell_of_the_end(self) -> None:
+        for listener in self.on_end:
+            listener()
+
+    def _open_talk(self) -> Talk:
+        from pykvm.testing.talk import Talk
+
+        return Talk(self)
 
     def _ask_to_pause(self) -> None:
         with self._changed:

@@ -213,6 +213,11 @@ class Vcpu:
         self._thread = None
         return True
 
+    @property
+    def thread_id(self) -> int | None:
+        """The kernel's id of its thread, None before the first run."""
+        return self._thread.native_id if self._thread is not None else None
+
     def on_own_thread(self) -> bool:
         """Whether the caller is this vCPU's thread (a device or hook)."""
         return threading.current_thread() is self._thread
