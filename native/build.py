@@ -25,11 +25,14 @@ HEADERS = (
     "linux/falloc.h",
     "linux/fs.h",
     "linux/kvm.h",
+    "linux/virtio_balloon.h",
     "linux/virtio_blk.h",
     "linux/virtio_config.h",
+    "linux/virtio_console.h",
     "linux/virtio_ids.h",
     "linux/virtio_mmio.h",
     "linux/virtio_ring.h",
+    "linux/virtio_vsock.h",
 )
 INCLUDES = "".join(f"#include <{name}>\n" for name in HEADERS)
 PREFIXES = ("KVM_", "VIRTIO_", "VRING_", "BLK", "FALLOC_")

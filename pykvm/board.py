@@ -234,6 +234,7 @@ class Pc(Machine):
         self.attach(transport, mmio=range(base, base + layout.VIRTIO_MMIO_SIZE))
         if self.config.c_actions:
             transport.answer_in_c(self.actions)
+        device.join(self.console)
         self.on_connect.append(transport.connect)
         transport.connect(self.vm)
 

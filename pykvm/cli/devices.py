@@ -44,6 +44,16 @@ def _rng(text: str) -> VirtioDevice:
 MAKERS: dict[str, Callable[[str], VirtioDevice]] = {"disk": _disk, "rng": _rng}
 
 
+def _console(texts: list[str]) -> VirtioDevice:
+    from pykvm.cli.consoleport import make_console
+
+    return make_console(texts)
+
+
+# option key -> function(all its texts) -> one device
+GROUPS: dict[str, Callable[[list[str]], VirtioDevice]] = {"console": _console}
+
+
 def make_devices(values: dict[str, Any]) -> list[VirtioDevice]:
     """The devices that the parsed options ask for. Raises UsageError, and then none is left open."""
     devices: list[VirtioDevice] = []
@@ -52,6 +62,7 @@ def make_devices(values: dict[str, Any]) -> list[VirtioDevice]:
             given = values.get(key)
             texts = given if isinstance(given, list) else [given] if given else []
             devices += [make("" if text is True else text) for text in texts]
+        devices += [group(values[key]) for key, group in GROUPS.items() if values.get(key)]
     except BaseException:
         for device in devices:
             device.close()

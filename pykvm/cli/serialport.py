@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pykvm.board import Pc
+    from pykvm.cli.consoleport import Outlet
 
 
 class SerialPort:
@@ -20,7 +21,7 @@ class SerialPort:
     def __init__(self, where: str) -> None:
         self.where = where
         self._closers: list[Callable[[], object]] = []
-        self.output: Output | None = None
+        self.output: Output | Outlet | None = None
 
     def hurry(self) -> None:
         """The machine is about to stop: do not wait for a reader that stalls."""
@@ -63,34 +64,34 @@ def _connect(pc: Pc, index: int, port: SerialPort, in_fd: int, out_fd: int | Non
         output.on_broken = pc.stop_soon  # as any program whose reader has gone
         pc.connect_serial(index, output.write)
         port.output = output
-    keys = EscapeKeys(_commands(pc, index), lambda text: _show(out_fd, text)) if escape else None
+    keys = escape_keys(pc, pc.serial[index].receive_break) if escape else None
     source = Input(pc.io, in_fd, pc.serial[index].receive, keys)
     pc.serial[index].on_rx_space = source.more
     port.add(source.stop)
 
 
-def _show(fd: int | None, text: str) -> None:
-    if fd is not None:
-        os.write(fd, text.encode())
+def escape_keys(pc: Pc, send_break: Callable[[], object] | None = None) -> EscapeKeys:
+    """The commands behind Ctrl-A, for a guest's console on the terminal."""
 
-
-def _commands(pc: Pc, index: int) -> dict[str, tuple[str, Callable[[], None]]]:
     def statistics() -> None:
         from pykvm.debug.stats import collect_stats
 
-        _show(1, "\r\n" + collect_stats(pc).text().replace("\n", "\r\n") + "\r\n")
+        _show("\r\n" + collect_stats(pc).text().replace("\n", "\r\n") + "\r\n")
 
-    return {
+    commands: dict[str, tuple[str, Callable[[], object]]] = {
         "x": ("end the machine", pc.stop_soon),
-        "c": ("this menu", lambda: _show(1, EscapeKeys(_commands(pc, index), lambda text: None).menu())),
+        "c": ("this menu", lambda: _show(keys.menu())),
         "p": ("press the power button", pc.press_power_button),
-        "b": ("send a break (SysRq)", lambda: _ignore(pc.serial[index].receive_break())),
         "s": ("exit statistics", statistics),
     }
+    if send_break is not None:
+        commands["b"] = ("send a break (SysRq)", send_break)
+    keys = EscapeKeys(commands, _show)
+    return keys
 
 
-def _ignore(value: object) -> None:
-    """For a command whose result means nothing to the person."""
+def _show(text: str) -> None:
+    os.write(1, text.encode())
 
 
 def _open_pty(pc: Pc, index: int, port: SerialPort) -> None:

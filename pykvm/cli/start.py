@@ -91,6 +91,12 @@ OPTIONS = (
         "disk of a raw image: FILE[,ro][,id=TEXT][,direct][,queues=N][,rate=..]; repeatable",
         many=True,
     ),
+    Option(
+        "--console",
+        "WHERE[,port=NAME]",
+        "virtio console hvc0, hvc1, or a named port: stdio, file:PATH, pty, unix:PATH or none; repeatable",
+        many=True,
+    ),
     Option("--rng", "[=rate=..]", "random number generator, fed by the host's; rate in bytes a second"),
     Option("--virtio-cmdline", "", "announce virtio devices on the kernel's command line instead of by ACPI"),
     Option("--timeout", "S", "stop after S seconds with status 124", convert=_seconds),
@@ -116,7 +122,7 @@ PARSER = Parser(
 
 
 # The options that make virtio devices; pykvm.cli.devices knows what their values mean.
-DEVICE_OPTIONS: tuple[str, ...] = ("disk", "rng")
+DEVICE_OPTIONS: tuple[str, ...] = ("disk", "rng", "console")
 
 
 # The longest time from a signal to its handler: Python runs the handler between two bytecodes, so that a signal in the
@@ -159,7 +165,7 @@ def run(argv: list[str]) -> int:
         return 0
     log.configure(values["log_level"], json=values["log_json"])
     boot, config = _configs(values, rest)
-    serial = _serial_plan(values["serial"], capture=values["json"])
+    serial = _serial_plan(values["serial"], capture=values["json"], taken=_console_on_stdio(values))
     from pykvm.board import Pc
 
     signals = _Signals()
@@ -208,12 +214,16 @@ def _devices(values: dict[str, Any]) -> list[VirtioDevice]:
     return make_devices(values)
 
 
-def _serial_plan(wanted: list[str], *, capture: bool) -> list[str]:
-    plan = wanted or ["stdio"]
+def _console_on_stdio(values: dict[str, Any]) -> bool:
+    return any(text.partition(",")[0] == "stdio" for text in values["console"])
+
+
+def _serial_plan(wanted: list[str], *, capture: bool, taken: bool) -> list[str]:
+    plan = wanted or ["none" if taken else "stdio"]
     if len(plan) > 4:
         raise UsageError("--serial: a PC has four serial ports")
-    if plan.count("stdio") > 1:
-        raise UsageError("--serial: only one port can be stdio")
+    if plan.count("stdio") + taken > 1:
+        raise UsageError("--serial: only one port can be stdio" + (", and --console is it" if taken else ""))
     for where in plan:
         if where not in ("stdio", "pty", "none") and not where.startswith("file:"):
             raise UsageError(f"--serial: {where!r} is none of stdio, file:PATH, pty, none")
@@ -233,7 +243,11 @@ def _session(pc: Pc, plan: list[str], values: dict[str, Any], signals: _Signals)
     try:
         for index, where in enumerate(plan):
             ports.append(open_serial(pc, index, where))
-        if "stdio" in plan:
+        if values["console"]:
+            from pykvm.cli.consoleport import open_consoles
+
+            open_consoles(pc, ports, capture=values["json"])
+        if "stdio" in plan or _console_on_stdio(values):
             raw.enter()
         pc.start()
         if signals.number:

@@ -69,6 +69,7 @@ class Input:
         self._polled = True
         self._reading = False
         self._ended = False
+        self.on_end: Callable[[], None] | None = None  # after the end of file
         io.call_soon(self._resume)
 
     def more(self) -> None:
@@ -106,6 +107,8 @@ class Input:
             data = b""
         if not data:
             self.stop()
+            if self.on_end is not None:
+                self.on_end()
             return
         self._pending += self._filter(data) if self._filter is not None else data
         self._feed()
@@ -155,7 +158,7 @@ class RawMode:
 class EscapeKeys:
     """Takes Ctrl-A and the key after it out of the input; any other byte passes."""
 
-    def __init__(self, commands: dict[str, tuple[str, Callable[[], None]]], show: Callable[[str], None]) -> None:
+    def __init__(self, commands: dict[str, tuple[str, Callable[[], object]]], show: Callable[[str], None]) -> None:
         self._commands = commands
         self._show = show
         self._armed = False

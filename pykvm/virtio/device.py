@@ -21,6 +21,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pykvm.core.console import Console
     from pykvm.core.iothread import IoThread
     from pykvm.core.memory import GuestMemory
     from pykvm.virtio.chain import Chain
@@ -63,6 +64,9 @@ class VirtioDevice:
             from pykvm.virtio.rate import Throttle
 
             self.throttle = Throttle(self.limit, self.io.call_later, transport.notify)
+
+    def join(self, console: Console) -> None:
+        """The machine's console is `console`: for devices whose output belongs in there."""
 
     # -- what a device overrides --------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from pykvm.virtio.queue import EVENT_IDX, INDIRECT_DESC, Virtqueue
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import TypeVar
 
     from pykvm._native import CData
     from pykvm.core.actions import ActionTable
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from pykvm.kvm.vm import VmFd
     from pykvm.virtio.device import VirtioDevice
     from pykvm.virtio.native import NativeLock
+
+    T = TypeVar("T")
 
 MAGIC = int.from_bytes(b"virt", "little")
 VERSION = 2
@@ -151,16 +154,23 @@ class VirtioMmio(Device):
         def ready() -> None:
             os.eventfd_read(self.kicks[queue.index])
             with self.lock:
-                if queue.enabled and self.status & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK:
-                    self._guarded(self.device.on_notify, queue)
+                if queue.enabled and self.live:
+                    self.guarded(self.device.on_notify, queue)
 
         return ready
 
-    def _guarded(self, function: Callable[..., object], *arguments: object) -> None:
+    def guarded(self, function: Callable[..., T], *arguments: object) -> T | None:
+        """function(*arguments), under `lock`; a DriverFault in it stops the device, and None is the result."""
         try:
-            function(*arguments)
+            return function(*arguments)
         except DriverFault as fault:
             self.needs_reset(str(fault))
+            return None
+
+    @property
+    def live(self) -> bool:
+        """Whether queues may be served: the driver said DRIVER_OK, and nothing stopped the device since."""
+        return self.status & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK
 
     def notify(self, index: int) -> None:
         """Serve a queue (again) soon, as if the driver had notified it; from any thread."""
@@ -230,9 +240,9 @@ class VirtioMmio(Device):
             if offset >= lib.VIRTIO_MMIO_CONFIG:
                 at = offset - lib.VIRTIO_MMIO_CONFIG
                 if at + size <= len(self.device.config()):
-                    self._guarded(self.device.write_config, at, value.to_bytes(size, "little"))
+                    self.guarded(self.device.write_config, at, value.to_bytes(size, "little"))
             elif size == 4 and not offset % 4:
-                self._guarded(self._write_register, offset, value)
+                self.guarded(self._write_register, offset, value)
         return None
 
     def _write_register(self, offset: int, value: int) -> None:
