@@ -18,12 +18,13 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-SOURCES = ("runloop.c", "kick.c", "dynlib.c", "virtio.c", "guestmem.c", "virtqueue.c", "ioloop.c", "blk.c")
-LOCAL_HEADERS = ("runloop.h", "dynlib.h", "virtio.h", "guestmem.h", "virtqueue.h", "ioloop.h", "blk.h")
+SOURCES = ("runloop.c", "kick.c", "dynlib.c", "virtio.c", "guestmem.c", "virtqueue.c", "ioloop.c", "blk.c", "tap.c")
+LOCAL_HEADERS = ("runloop.h", "dynlib.h", "virtio.h", "guestmem.h", "virtqueue.h", "ioloop.h", "blk.h", "tap.h")
 
 HEADERS = (
     "linux/falloc.h",
     "linux/fs.h",
+    "linux/if_tun.h",
     "linux/kvm.h",
     "linux/virtio_balloon.h",
     "linux/virtio_blk.h",
@@ -31,11 +32,12 @@ HEADERS = (
     "linux/virtio_console.h",
     "linux/virtio_ids.h",
     "linux/virtio_mmio.h",
+    "linux/virtio_net.h",
     "linux/virtio_ring.h",
     "linux/virtio_vsock.h",
 )
 INCLUDES = "".join(f"#include <{name}>\n" for name in HEADERS)
-PREFIXES = ("KVM_", "VIRTIO_", "VRING_", "BLK", "FALLOC_")
+PREFIXES = ("KVM_", "VIRTIO_", "VRING_", "BLK", "FALLOC_", "IFF_", "TUN")
 
 TYPES = """
 typedef uint8_t __u8; typedef uint16_t __u16; typedef uint32_t __u32; typedef unsigned long long __u64;

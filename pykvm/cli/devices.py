@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pykvm.virtio.device import VirtioDevice
+    from pykvm.virtio.netbackend import NetBackend
 
 
 def _disk(text: str) -> VirtioDevice:
@@ -40,8 +41,34 @@ def _rng(text: str) -> VirtioDevice:
     return Rng(parse_rate(only_words("--rng", text, (), RATE_KEYS)))
 
 
+def _net(text: str) -> VirtioDevice:
+    from pykvm.virtio.net import Net
+    from pykvm.virtio.rate import RATE_KEYS, parse_rate
+
+    kind = text.split(",", 1)[0]
+    keys = {"user": ("hostfwd",), "tap": ("ifname", "fd")}.get(kind)
+    if keys is None:
+        raise UsageError(
+            f"--net: {kind!r} is neither user nor tap: --net user[,hostfwd=tcp::2222-:22] or --net tap[,...]"
+        )
+    _, words = split_spec("--net", text, ("down",), (*keys, "mac", "mtu", *RATE_KEYS), many=("hostfwd",))
+    mtu = parse_int(words["mtu"], "mtu") if "mtu" in words else None
+    limit = parse_rate(words)
+    backend: NetBackend
+    if kind == "tap":
+        from pykvm.virtio.tap import Tap
+
+        fd = parse_int(words["fd"], "fd") if "fd" in words else None
+        backend = Tap(words.get("ifname"), fd=fd, mtu=mtu or 0)
+    else:
+        from pykvm.virtio.passt import Passt
+
+        backend = Passt(words.get("hostfwd", "").split("\n") if "hostfwd" in words else ())
+    return Net(backend, mac=words.get("mac"), mtu=mtu, link="down" not in words, limit=limit)
+
+
 # option key -> function(its text) -> device; in the order in which the devices are put on the machine
-MAKERS: dict[str, Callable[[str], VirtioDevice]] = {"disk": _disk, "rng": _rng}
+MAKERS: dict[str, Callable[[str], VirtioDevice]] = {"disk": _disk, "net": _net, "rng": _rng}
 
 
 def _console(texts: list[str]) -> VirtioDevice:
@@ -70,16 +97,21 @@ def make_devices(values: dict[str, Any]) -> list[VirtioDevice]:
     return devices
 
 
-def split_spec(option: str, text: str, flags: tuple[str, ...], keys: tuple[str, ...]) -> tuple[str, dict[str, str]]:
+def split_spec(
+    option: str, text: str, flags: tuple[str, ...], keys: tuple[str, ...], many: tuple[str, ...] = ()
+) -> tuple[str, dict[str, str]]:
     """`FIRST[,flag][,key=value]...` as (FIRST, {flag: "", key: value}); a comma in FIRST is written twice.
 
+    Keys in `many` may be repeated: their values then stand in lines.
     Raises UsageError with the words that `option` knows.
     """
     first, *rest = text.replace(",,", "\0").split(",")
     words: dict[str, str] = {}
     for word in rest:
         key, equals, value = word.replace("\0", ",").partition("=")
-        if key in words:
+        if key in words and key in many:
+            value = f"{words[key]}\n{value}"
+        elif key in words:
             raise UsageError(f"{option}: {key} is given twice in {text!r}")
         if key not in (keys if equals else flags):
             known = ", ".join([*flags, *(f"{name}=..." for name in keys)])

@@ -92,6 +92,12 @@ OPTIONS = (
         many=True,
     ),
     Option(
+        "--net",
+        "KIND[,...]",
+        "network: user[,hostfwd=tcp::2222-:22] or tap[,ifname=NAME][,fd=N], [,mac=..][,mtu=..][,rate=..]; repeatable",
+        many=True,
+    ),
+    Option(
         "--console",
         "WHERE[,port=NAME]",
         "virtio console hvc0, hvc1, or a named port: stdio, file:PATH, pty, unix:PATH or none; repeatable",
@@ -122,7 +128,7 @@ PARSER = Parser(
 
 
 # The options that make virtio devices; pykvm.cli.devices knows what their values mean.
-DEVICE_OPTIONS: tuple[str, ...] = ("disk", "rng", "console")
+DEVICE_OPTIONS: tuple[str, ...] = ("disk", "net", "rng", "console")
 
 
 # The longest time from a signal to its handler: Python runs the handler between two bytecodes, so that a signal in the

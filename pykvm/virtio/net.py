@@ -1,0 +1,324 @@
+"""virtio-net: a network interface (virtio 1.2, 5.1). Layer: virtio.
+
+    Pc(kernel, devices=[Net(Tap("tap0")), Net(Passt(["tcp::2222-:22"]))])
+
+A frame moves between the backend and the guest's buffers by one system call. One that is wrong in itself is dropped and
+counted; buffers that break a rule of virtio stop the device. While the guest has no room, frames wait in the backend,
+which drops what is too much.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections import deque
+from select import EPOLL_CLOEXEC, EPOLLIN, EPOLLOUT, epoll
+
+from pykvm import log
+from pykvm._native import ffi, lib
+from pykvm.errors import ConfigError
+from pykvm.virtio import netctl, netrx
+from pykvm.virtio.chain import slices
+from pykvm.virtio.device import VirtioDevice
+from pykvm.virtio.fault import DriverFault
+from pykvm.virtio.netbackend import HEADER_SIZE, MAX_FRAME, MIN_FRAME, BackendGone, net_bits
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pykvm.virtio.chain import Chain
+    from pykvm.virtio.mmio import VirtioMmio
+    from pykvm.virtio.netbackend import NetBackend
+    from pykvm.virtio.queue import Virtqueue
+    from pykvm.virtio.rate import RateLimit
+
+QUEUE_SIZE, CONTROL_SIZE = 256, 64
+RX, TX, CONTROL = 0, 1, 2
+BURST = 64  # frames that one call takes from the backend, before the I/O thread turns to other work
+MIN_MTU, MAX_MTU = 68, 65535  # 5.1.4.1
+
+HEADER = struct.Struct("<BBHHHHH")  # struct virtio_net_hdr_v1
+NEEDS_CSUM, ECN = lib.VIRTIO_NET_HDR_F_NEEDS_CSUM, lib.VIRTIO_NET_HDR_GSO_ECN
+GSO_NONE = lib.VIRTIO_NET_HDR_GSO_NONE
+GSO_FEATURES = {
+    lib.VIRTIO_NET_HDR_GSO_TCPV4: net_bits("HOST_TSO4"),
+    lib.VIRTIO_NET_HDR_GSO_TCPV6: net_bits("HOST_TSO6"),
+    lib.VIRTIO_NET_HDR_GSO_UDP: net_bits("HOST_UFO"),
+}
+if net_bits("HOST_USO"):  # Linux 6.2's headers
+    GSO_FEATURES[lib.VIRTIO_NET_HDR_GSO_UDP_L4] = net_bits("HOST_USO")
+
+
+class Net(VirtioDevice):
+    """A network interface.
+
+    backend  where its frames go: Tap, Passt, ...; closed with the device
+    mac      "52:54:00:12:34:56"; by default a random one of those that nobody owns
+    mtu      what the driver is told to use at most (VIRTIO_NET_F_MTU); by default the backend's
+    link     whether the cable is plugged in at the start; see set_link
+    limit    a rate limit for bytes and frames of both directions together
+
+    `frames` and `bytes` count what passed ("rx" is to the guest), `dropped` what did not. Raises ConfigError.
+    """
+
+    device_id = lib.VIRTIO_ID_NET
+    queue_sizes = (QUEUE_SIZE, QUEUE_SIZE, CONTROL_SIZE)
+
+    def __init__(
+        self,
+        backend: NetBackend,
+        *,
+        mac: str | None = None,
+        mtu: int | None = None,
+        link: bool = True,
+        limit: RateLimit | None = None,
+    ) -> None:
+        self.backend = backend
+        try:
+            self.mac = parse_mac(mac) if mac is not None else bytes((2, *os.urandom(5)))
+            self.mtu = backend.mtu if mtu is None else mtu
+            if (mtu is not None or self.mtu) and not MIN_MTU <= self.mtu <= MAX_MTU:
+                raise ConfigError("mtu", f"{self.mtu} is not {MIN_MTU} to {MAX_MTU}")
+        except BaseException:
+            backend.close()
+            raise
+        self.name = f"net {backend.name}"
+        self.limit = limit
+        self.features = net_bits("MAC", "STATUS", "MRG_RXBUF") | netctl.FEATURES | backend.offloads
+        self.features |= net_bits("MTU") if self.mtu else 0
+        self.features |= net_bits("CTRL_GUEST_OFFLOADS") if backend.offloads & net_bits("GUEST_CSUM") else 0
+        self.frames, self.bytes, self.dropped = {"rx": 0, "tx": 0}, {"rx": 0, "tx": 0}, {"rx": 0, "tx": 0}
+        self.link = link
+        self.alive = True  # the backend
+        self.negotiated = 0
+        self.control = netctl.Control(self)
+        self._receiver = netrx.Receiver(backend)
+        self._epoll = epoll(flags=EPOLL_CLOEXEC)
+        self._watched = 0  # EPOLL* events of the backend's fd
+        self._backlog: deque[Chain] = deque()  # frames to send, while the backend is full
+        if not link:
+            backend.set_link(False)
+
+    # -- configuration (5.1.4) ----------------------------------------------------------------------------------
+
+    def config(self) -> bytes:
+        """MAC address, link status, MTU."""
+        config = ffi.new("struct virtio_net_config *")
+        config.mac = list(self.mac)
+        config.status = lib.VIRTIO_NET_S_LINK_UP if self.link and self.alive else 0
+        config.status |= lib.VIRTIO_NET_S_ANNOUNCE if self.control.announcing else 0
+        config.max_virtqueue_pairs = 1
+        config.mtu = self.mtu
+        return bytes(ffi.buffer(config))
+
+    def set_link(self, up: bool) -> None:
+        """Plug the cable in or out, as the guest sees it; from any thread. Frames are dropped while it is out."""
+        with self.transport.lock:
+            if up != self.link:
+                self.link = up
+                if self.alive:
+                    self.backend.set_link(up)
+                    self.config_changed()
+
+    def announce(self) -> None:
+        """Ask the guest to tell its neighbours where it is now (5.1.6.5.4), for a machine that moved."""
+        with self.transport.lock:
+            self.control.announce()
+
+    def set_offloads(self, features: int) -> None:
+        """The GUEST_* offloads that the driver can take from now on."""
+        self._receiver.negotiate(self.negotiated, self.mtu)
+        if self.alive:
+            self.backend.set_offloads(features)
+
+    def set_filter(self, addresses: Sequence[bytes] | None, all_multicast: bool) -> None:
+        """The frames that the driver wants."""
+        if self.alive:
+            self.backend.set_filter(addresses, all_multicast=all_multicast)
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    def activate(self, features: int) -> None:
+        """Take frames from the backend from now on."""
+        self.negotiated = features
+        self.set_offloads(features)
+        self._watch(self._watched | EPOLLIN)
+
+    def reset(self) -> None:
+        """Forget frames on their way, and what the driver has set."""
+        self._watch(0)
+        self._backlog.clear()
+        self._receiver.reset()
+        self.control.reset()
+        self.negotiated = 0
+        self.set_filter(None, False)
+
+    def close(self) -> None:
+        """Close the backend."""
+        if hasattr(self, "io"):
+            self.io.remove_reader(self._epoll.fileno())
+        self._epoll.close()
+        self.backend.close()
+
+    def _lost(self, why: BackendGone) -> None:
+        """The backend died: for the guest the cable is out, and it goes on."""
+        self._watch(0)
+        self.alive = False
+        log.warning("network backend lost, link down", device=self.name, reason=str(why))
+        while self._backlog:
+            self.queues[TX].push(self._backlog.popleft())
+        self.transport.interrupt(self.queues[TX])
+        self.config_changed()
+
+    # -- what is polled -----------------------------------------------------------------------------------------
+    # The backend's fd is in an epoll set of its own, which the I/O thread watches all the time: what is asked of it
+    # changes without the I/O thread's locks, for which nobody may wait who holds the device's.
+
+    def bind(self, transport: VirtioMmio) -> None:
+        """Let the I/O thread watch the backend."""
+        super().bind(transport)
+        self.io.add_reader(self._epoll.fileno(), self._on_ready)
+
+    def _watch(self, events: int) -> None:
+        """Ask for EPOLLIN, EPOLLOUT, both or nothing."""
+        if events == self._watched or not self.alive:
+            return
+        if not self._watched:
+            self._epoll.register(self.backend.fd, events)
+        elif events:
+            self._epoll.modify(self.backend.fd, events)
+        else:
+            self._epoll.unregister(self.backend.fd)  # without events it would still report the end
+        self._watched = events
+
+    def _on_ready(self) -> None:
+        """The I/O thread saw the backend ready."""
+        with self.transport.lock:
+            try:
+                if self._watched & EPOLLOUT:
+                    self._send_backlog()
+                if self._watched & EPOLLIN:
+                    self._receive()
+            except DriverFault as fault:
+                self._watch(0)
+                self.transport.needs_reset(str(fault))
+            except BackendGone as gone:
+                self._lost(gone)
+
+    def on_notify(self, queue: Virtqueue) -> None:
+        """Buffers to receive into: look at the backend again. Frames and commands: serve them."""
+        try:
+            if queue.index != RX:
+                super().on_notify(queue)
+            elif self.alive and self.negotiated:
+                self._receive()
+        except BackendGone as gone:
+            self._lost(gone)
+
+    def on_request(self, queue: Virtqueue, chain: Chain) -> int | None:
+        """A command, or a frame to send."""
+        if queue.index == CONTROL:
+            return self.control.on_command(chain)
+        if self._backlog or not self._send(chain):
+            self._backlog.append(chain)
+            self._watch(self._watched | EPOLLOUT)
+            return None
+        if self.backend.has_rest:
+            self._watch(self._watched | EPOLLOUT)
+        return 0
+
+    # -- from the guest (5.1.6.2) -------------------------------------------------------------------------------
+
+    def _send(self, chain: Chain) -> bool:
+        """Send a frame, or drop it; False if the backend cannot take it now."""
+        if chain.writable:
+            raise DriverFault(f"queue {TX}: a frame to send in device-writable buffers (5.1.6.2.1)")
+        size = chain.readable_size - HEADER_SIZE
+        if size < 0:
+            raise DriverFault(f"queue {TX}: {size + HEADER_SIZE} bytes are no virtio_net_hdr (5.1.6)")
+        header = chain.read(HEADER_SIZE)  # a copy: the driver cannot change what was checked
+        if not (self.alive and self.link and is_sound(header, size, self.negotiated)):
+            self.dropped["tx"] += 1
+            return True
+        frame = slices(chain.readable, HEADER_SIZE)
+        if not self.backend.send([header, *frame] if self.backend.has_header else frame):
+            return False
+        self.frames["tx"] += 1
+        self.bytes["tx"] += size
+        return True
+
+    def _send_backlog(self) -> None:
+        """The backend can take more."""
+        queue = self.queues[TX]
+        while self._backlog and self._send(self._backlog[0]):
+            queue.push(self._backlog.popleft())
+        if not self._backlog and self.backend.flush():
+            self._watch(self._watched & ~EPOLLOUT)
+        self.transport.interrupt(queue)
+
+    # -- to the guest (5.1.6.3) ---------------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        """Take what the backend has, at most BURST frames, while there are buffers for it."""
+        queue = self.queues[RX]
+        if self.transport.status & lib.VIRTIO_CONFIG_S_NEEDS_RESET:
+            self._watch(self._watched & ~EPOLLIN)
+            return
+        if self.throttle is not None and not self.throttle.ready(RX):
+            self._watch(self._watched & ~EPOLLIN)  # a timer notifies the queue
+            return
+        self._watch(self._watched | EPOLLIN)
+        try:
+            for _ in range(BURST):
+                if not self._receive_one(queue):
+                    break
+                if self.throttle is not None and not self.throttle.ready(RX):
+                    self._watch(self._watched & ~EPOLLIN)
+                    break
+        finally:
+            self._receiver.give_back(queue)
+            self.transport.interrupt(queue)
+
+    def _receive_one(self, queue: Virtqueue) -> bool:
+        """Take a frame; False when there is none or no room for it."""
+        found = self._receiver.receive(queue) if self.link else self._receiver.drain()
+        if found == netrx.TAKEN:
+            self.frames["rx"] += 1
+            self.bytes["rx"] += self._receiver.size
+            if self.throttle is not None:
+                self.throttle.charge(self._receiver.size)
+        elif found == netrx.DROPPED:
+            self.dropped["rx"] += 1
+        elif found == netrx.NO_ROOM and not queue.want_notification():
+            self._watch(self._watched & ~EPOLLIN)  # the frames wait in the backend until the driver notifies of buffers
+            return False
+        return found != netrx.EMPTY
+
+
+def is_sound(header: bytes, size: int, features: int) -> bool:
+    """Whether a frame of `size` bytes can be one, and its header is one that these features allow (5.1.6.2.1)."""
+    flags, gso_type, _, gso_size, csum_start, csum_offset, _ = HEADER.unpack(header)
+    if not MIN_FRAME <= size <= MAX_FRAME:
+        return False
+    if flags & NEEDS_CSUM and (not features & net_bits("CSUM") or csum_start + csum_offset + 2 > size):
+        return False
+    if gso_type == GSO_NONE:
+        return True
+    needed = GSO_FEATURES.get(gso_type & ~ECN, 0)
+    wanted = needed | net_bits("HOST_ECN") if gso_type & ECN else needed
+    return bool(needed and not wanted & ~features and flags & NEEDS_CSUM and gso_size)
+
+
+def parse_mac(text: str) -> bytes:
+    """Six bytes of "52:54:00:12:34:56". Raises ConfigError, also for a multicast address."""
+    parts = text.split(":")
+    try:
+        mac = bytes(int(part, 16) for part in parts)
+    except ValueError:
+        mac = b""
+    if len(mac) != 6 or not all(1 <= len(part) <= 2 for part in parts):
+        raise ConfigError("mac", f"{text!r} is not like 52:54:00:12:34:56")
+    if mac[0] & 1 or not any(mac):
+        raise ConfigError("mac", f"{text} is no address of one interface (the first byte is odd, or all are 0)")
+    return mac
