@@ -1,5 +1,6 @@
 #define _GNU_SOURCE
 #include "blk.h"
+#include "lock.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -12,38 +13,6 @@
 enum { SECTOR_SHIFT = 9, SECTOR = 1 << SECTOR_SHIFT };
 /* One turn, so that other devices and timers get theirs; and how much goes before the driver hears of it. */
 enum { TURN_REQUESTS = 64, TURN_BYTES = 4 << 20, INTERRUPT_EVERY = 8 };
-
-/* Takes `size` bytes off the front of iov[0, count): the entries that are left, or -1 when there are not
- * enough. */
-static int advance(struct iovec **iov, int count, size_t size) {
-    while (count && size >= (*iov)->iov_len) {
-        size -= (*iov)->iov_len;
-        (*iov)++;
-        count--;
-    }
-    if (size) {
-        if (!count)
-            return -1;
-        (*iov)->iov_base = (uint8_t *)(*iov)->iov_base + size;
-        (*iov)->iov_len -= size;
-    }
-    return count;
-}
-
-/* The header may be cut into buffers anywhere (2.7.4). Takes it off the chain: the readable entries that are
- * left. */
-static int take_header(struct pk_chain *chain, struct iovec **iov, struct virtio_blk_outhdr *header) {
-    size_t done = 0;
-    for (int i = 0; i < chain->readable && done < sizeof(*header); i++) {
-        size_t part = chain->iov[i].iov_len;
-        if (part > sizeof(*header) - done)
-            part = sizeof(*header) - done;
-        memcpy((uint8_t *)header + done, chain->iov[i].iov_base, part);
-        done += part;
-    }
-    *iov = chain->iov;
-    return advance(iov, chain->readable, sizeof(*header));
-}
 
 static int aligned(const struct iovec *iov, int count, uint64_t offset, uint32_t unit) {
     uint64_t all = offset;
@@ -89,7 +58,7 @@ static int data_entries(struct pk_chain *chain) {
 static int64_t serve_one(struct pk_blk *disk, struct pk_chain *chain) {
     struct virtio_blk_outhdr header;
     struct iovec *readable;
-    int left = take_header(chain, &readable, &header);
+    int left = pk_chain_take(chain, &header, sizeof(header), &readable);
     if (left < 0 || !chain->writable_bytes)
         return -1;
     uint64_t room = chain->writable_bytes - 1, size = chain->readable_bytes - sizeof(header);
@@ -178,27 +147,6 @@ static int ready(struct pk_handler *handler, int fd) {
 }
 
 void pk_blk_queue_init(struct pk_blk_queue *queue) { queue->handler.ready = ready; }
-
-pthread_mutex_t *pk_mutex_new(void) {
-    pthread_mutexattr_t recursive;
-    pthread_mutex_t *mutex = malloc(sizeof(*mutex));
-    if (!mutex)
-        return NULL;
-    pthread_mutexattr_init(&recursive);
-    pthread_mutexattr_settype(&recursive, PTHREAD_MUTEX_RECURSIVE);
-    pthread_mutex_init(mutex, &recursive);
-    pthread_mutexattr_destroy(&recursive);
-    return mutex;
-}
-
-void pk_mutex_free(pthread_mutex_t *mutex) {
-    pthread_mutex_destroy(mutex);
-    free(mutex);
-}
-
-void pk_mutex_lock(pthread_mutex_t *mutex) { pthread_mutex_lock(mutex); }
-
-void pk_mutex_unlock(pthread_mutex_t *mutex) { pthread_mutex_unlock(mutex); }
 
 int pk_fallocate(int fd, int mode, int64_t offset, int64_t length) {
     int result;

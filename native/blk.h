@@ -41,12 +41,6 @@ void pk_blk_queue_init(struct pk_blk_queue *queue);
 /* Serves requests under the lock, which the caller holds. */
 int pk_blk_serve(struct pk_blk_queue *queue);
 
-/* A recursive mutex: what guards a device that C serves, too. */
-pthread_mutex_t *pk_mutex_new(void);
-void pk_mutex_free(pthread_mutex_t *mutex);
-void pk_mutex_lock(pthread_mutex_t *mutex);
-void pk_mutex_unlock(pthread_mutex_t *mutex);
-
 /* fallocate(2): 0 or -errno. */
 int pk_fallocate(int fd, int mode, int64_t offset, int64_t length);
 

@@ -18,8 +18,31 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-SOURCES = ("runloop.c", "kick.c", "dynlib.c", "virtio.c", "guestmem.c", "virtqueue.c", "ioloop.c", "blk.c", "tap.c")
-LOCAL_HEADERS = ("runloop.h", "dynlib.h", "virtio.h", "guestmem.h", "virtqueue.h", "ioloop.h", "blk.h", "tap.h")
+SOURCES = (
+    "runloop.c",
+    "kick.c",
+    "dynlib.c",
+    "virtio.c",
+    "guestmem.c",
+    "virtqueue.c",
+    "ioloop.c",
+    "lock.c",
+    "blk.c",
+    "net.c",
+    "tap.c",
+)
+LOCAL_HEADERS = (
+    "runloop.h",
+    "dynlib.h",
+    "virtio.h",
+    "guestmem.h",
+    "virtqueue.h",
+    "ioloop.h",
+    "lock.h",
+    "blk.h",
+    "net.h",
+    "tap.h",
+)
 
 HEADERS = (
     "linux/falloc.h",

@@ -630,8 +630,38 @@ struct virtio_vsock_hdr {
 #define VIRTIO_VSOCK_SHUTDOWN_SEND ...
 #define VIRTIO_VSOCK_EVENT_TRANSPORT_RESET ...
 
-/* -- networks (tap.h, <linux/virtio_net.h>) -------------------------------------------------------------------- */
-struct virtio_net_config { __u8 mac[6]; __u16 status, max_virtqueue_pairs, mtu; ...; };
+/* -- networks (net.h, tap.h, <linux/virtio_net.h>) ------------------------------------------------------------- */
+struct virtio_net_config {
+    __u8 mac[6];
+    __u16 status, max_virtqueue_pairs, mtu;
+    ...;
+};
+struct pk_net_handler {
+    struct pk_handler handler;
+    ...;
+};
+struct pk_net {
+    pthread_mutex_t *lock;
+    int fd, epoll;
+    uint32_t watched;
+    uint8_t active, link, rx_held, tx_held, mergeable, checksums;
+    uint64_t features;
+    struct pk_virtqueue *rx, *tx;
+    struct pk_interrupt interrupt;
+    uint64_t rx_frames, rx_bytes, rx_dropped, tx_frames, tx_bytes, tx_dropped;
+    uint32_t expected, waiting;
+    uint8_t frame[...];
+    struct pk_net_handler on_backend, on_rx, on_tx;
+    ...;
+};
+#define PK_NET_DONE ...
+#define PK_NET_MORE ...
+#define PK_NET_PYTHON ...
+struct pk_net *pk_net_new(void);
+void pk_net_free(struct pk_net *net);
+int pk_net_watch(struct pk_net *net, uint32_t events);
+int pk_net_receive(struct pk_net *net);
+int pk_net_send(struct pk_net *net);
 #define PK_IFNAME_SIZE ...
 int pk_tap_open(char *name);
 int pk_tap_query(int fd, char *name, uint32_t *flags);

@@ -154,6 +154,34 @@ void pk_chain_written(const struct pk_virtqueue *queue, const struct pk_chain *c
     }
 }
 
+/* Takes `size` bytes off the front of iov[0, count): the entries that are left, or -1 when there are not
+ * enough. */
+static int advance(struct iovec **iov, int count, size_t size) {
+    while (count && size >= (*iov)->iov_len) {
+        size -= (*iov)->iov_len;
+        (*iov)++;
+        count--;
+    }
+    if (size) {
+        if (!count)
+            return -1;
+        (*iov)->iov_base = (uint8_t *)(*iov)->iov_base + size;
+        (*iov)->iov_len -= size;
+    }
+    return count;
+}
+
+int pk_chain_take(struct pk_chain *chain, void *header, size_t size, struct iovec **rest) {
+    size_t done = 0;
+    for (int i = 0; i < chain->readable && done < size; i++) {
+        size_t part = chain->iov[i].iov_len < size - done ? chain->iov[i].iov_len : size - done;
+        memcpy((uint8_t *)header + done, chain->iov[i].iov_base, part);
+        done += part;
+    }
+    *rest = chain->iov;
+    return advance(rest, chain->readable, size);
+}
+
 void pk_interrupt_raise(const struct pk_interrupt *interrupt, uint32_t bit) {
     const uint64_t one = 1;
     __atomic_fetch_or(interrupt->status, bit, __ATOMIC_SEQ_CST);

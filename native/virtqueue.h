@@ -48,6 +48,10 @@ int pk_queue_should_interrupt(struct pk_virtqueue *queue);
 /* Asks for a notification of the next chain: PK_GOT if one came meanwhile, PK_EMPTY, or PK_FAULT. */
 int pk_queue_want_notification(struct pk_virtqueue *queue);
 
+/* Copies the first `size` readable bytes, which may be cut into buffers anywhere (2.7.4), to `header` and
+ * takes them off the chain: the readable entries that are left from *rest on, or -1 when there are fewer
+ * bytes. */
+int pk_chain_take(struct pk_chain *chain, void *header, size_t size, struct iovec **rest);
 /* Marks the first `length` bytes of the chain's writable buffers as written. Call it before the push. */
 void pk_chain_written(const struct pk_virtqueue *queue, const struct pk_chain *chain, uint64_t length);
 

@@ -27,6 +27,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pykvm._native import CData
     from pykvm.virtio.chain import Chain
     from pykvm.virtio.mmio import VirtioMmio
     from pykvm.virtio.netbackend import NetBackend
@@ -58,6 +59,7 @@ class Net(VirtioDevice):
     mtu      what the driver is told to use at most (VIRTIO_NET_F_MTU); by default the backend's
     link     whether the cable is plugged in at the start; see set_link
     limit    a rate limit for bytes and frames of both directions together
+    native   let C move the frames of a tap; what it cannot do (limits, other backends) is done by Python anyway
 
     `frames` and `bytes` count what passed ("rx" is to the guest), `dropped` what did not. Raises ConfigError.
     """
@@ -73,6 +75,7 @@ class Net(VirtioDevice):
         mtu: int | None = None,
         link: bool = True,
         limit: RateLimit | None = None,
+        native: bool = True,
     ) -> None:
         self.backend = backend
         try:
@@ -88,14 +91,15 @@ class Net(VirtioDevice):
         self.features = net_bits("MAC", "STATUS", "MRG_RXBUF") | netctl.FEATURES | backend.offloads
         self.features |= net_bits("MTU") if self.mtu else 0
         self.features |= net_bits("CTRL_GUEST_OFFLOADS") if backend.offloads & net_bits("GUEST_CSUM") else 0
-        self.frames, self.bytes, self.dropped = {"rx": 0, "tx": 0}, {"rx": 0, "tx": 0}, {"rx": 0, "tx": 0}
+        self.native = native and backend.is_plain and limit is None
+        self._plane: CData = ffi.gc(lib.pk_net_new(), lib.pk_net_free)  # what C shares, counters among it
         self.link = link
         self.alive = True  # the backend
         self.negotiated = 0
         self.control = netctl.Control(self)
         self._receiver = netrx.Receiver(backend)
         self._epoll = epoll(flags=EPOLL_CLOEXEC)
-        self._watched = 0  # EPOLL* events of the backend's fd
+        self._plane.fd, self._plane.epoll = backend.fd, self._epoll.fileno()
         self._backlog: deque[Chain] = deque()  # frames to send, while the backend is full
         if not link:
             backend.set_link(False)
@@ -117,9 +121,12 @@ class Net(VirtioDevice):
         with self.transport.lock:
             if up != self.link:
                 self.link = up
+                self._plane.link = up
                 if self.alive:
                     self.backend.set_link(up)
                     self.config_changed()
+                if self.negotiated:  # what still comes in is dropped at once
+                    self._watch(self._plane.watched | EPOLLIN)
 
     def announce(self) -> None:
         """Ask the guest to tell its neighbours where it is now (5.1.6.5.4), for a machine that moved."""
@@ -128,7 +135,7 @@ class Net(VirtioDevice):
 
     def set_offloads(self, features: int) -> None:
         """The GUEST_* offloads that the driver can take from now on."""
-        self._receiver.negotiate(self.negotiated, self.mtu)
+        self._receiver.negotiate(self.negotiated)
         if self.alive:
             self.backend.set_offloads(features)
 
@@ -139,17 +146,47 @@ class Net(VirtioDevice):
 
     # -- life ---------------------------------------------------------------------------------------------------
 
+    def bind(self, transport: VirtioMmio) -> None:
+        """Let the I/O thread watch the backend, and C serve what it can."""
+        super().bind(transport)
+        self.io.add_reader(self._epoll.fileno(), self._on_ready)
+        if not self.native:
+            return
+        from pykvm.virtio.native import NativeLock, NativeQueue, interrupt_of
+
+        plane, (rx, tx, _) = self._plane, self.queues
+        assert isinstance(transport.lock, NativeLock) and isinstance(rx, NativeQueue) and isinstance(tx, NativeQueue)
+        plane.lock, plane.rx, plane.tx = transport.lock.handle, rx.state, tx.state
+        interrupt_of(transport, plane.interrupt)
+        for fd, handler in (
+            (plane.epoll, plane.on_backend),
+            (transport.kicks[RX], plane.on_rx),
+            (transport.kicks[TX], plane.on_tx),
+        ):
+            self.io.add_handler(fd, ffi.addressof(handler, "handler"))
+
     def activate(self, features: int) -> None:
         """Take frames from the backend from now on."""
         self.negotiated = features
         self.set_offloads(features)
-        self._watch(self._watched | EPOLLIN)
+        plane = self._plane
+        plane.features, plane.link, plane.expected = features, self.link, 0
+        plane.mergeable = bool(features & netrx.MERGEABLE)
+        plane.checksums = bool(features & netrx.GUEST_CSUM)
+        plane.active = self.native and self.alive
+        self._watch(plane.watched | EPOLLIN)
+
+    def stop(self) -> None:
+        """Nothing passes until a reset."""
+        self._plane.active = 0
+        self._watch(0)
 
     def reset(self) -> None:
         """Forget frames on their way, and what the driver has set."""
-        self._watch(0)
+        self.stop()
         self._backlog.clear()
         self._receiver.reset()
+        self._plane.waiting = self._plane.rx_held = self._plane.tx_held = 0
         self.control.reset()
         self.negotiated = 0
         self.set_filter(None, False)
@@ -163,7 +200,7 @@ class Net(VirtioDevice):
 
     def _lost(self, why: BackendGone) -> None:
         """The backend died: for the guest the cable is out, and it goes on."""
-        self._watch(0)
+        self.stop()
         self.alive = False
         log.warning("network backend lost, link down", device=self.name, reason=str(why))
         while self._backlog:
@@ -171,37 +208,41 @@ class Net(VirtioDevice):
         self.transport.interrupt(self.queues[TX])
         self.config_changed()
 
+    # -- counters -----------------------------------------------------------------------------------------------
+
+    @property
+    def frames(self) -> dict[str, int]:
+        """How many frames passed."""
+        return {"rx": self._plane.rx_frames, "tx": self._plane.tx_frames}
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """How many bytes they had, without virtio's header."""
+        return {"rx": self._plane.rx_bytes, "tx": self._plane.tx_bytes}
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """How many frames were dropped: no frames, headers not agreed on, too long, or the link was down."""
+        return {"rx": self._plane.rx_dropped, "tx": self._plane.tx_dropped}
+
     # -- what is polled -----------------------------------------------------------------------------------------
     # The backend's fd is in an epoll set of its own, which the I/O thread watches all the time: what is asked of it
     # changes without the I/O thread's locks, for which nobody may wait who holds the device's.
 
-    def bind(self, transport: VirtioMmio) -> None:
-        """Let the I/O thread watch the backend."""
-        super().bind(transport)
-        self.io.add_reader(self._epoll.fileno(), self._on_ready)
-
     def _watch(self, events: int) -> None:
         """Ask for EPOLLIN, EPOLLOUT, both or nothing."""
-        if events == self._watched or not self.alive:
-            return
-        if not self._watched:
-            self._epoll.register(self.backend.fd, events)
-        elif events:
-            self._epoll.modify(self.backend.fd, events)
-        else:
-            self._epoll.unregister(self.backend.fd)  # without events it would still report the end
-        self._watched = events
+        if self.alive:
+            lib.pk_net_watch(self._plane, events)
 
     def _on_ready(self) -> None:
         """The I/O thread saw the backend ready."""
         with self.transport.lock:
             try:
-                if self._watched & EPOLLOUT:
+                if self._plane.watched & EPOLLOUT:
                     self._send_backlog()
-                if self._watched & EPOLLIN:
+                if self._plane.watched & EPOLLIN:
                     self._receive()
             except DriverFault as fault:
-                self._watch(0)
                 self.transport.needs_reset(str(fault))
             except BackendGone as gone:
                 self._lost(gone)
@@ -209,12 +250,29 @@ class Net(VirtioDevice):
     def on_notify(self, queue: Virtqueue) -> None:
         """Buffers to receive into: look at the backend again. Frames and commands: serve them."""
         try:
-            if queue.index != RX:
+            if queue.index == TX and self._plane.active:
+                self._serve_sending(queue)
+            elif queue.index != RX:
                 super().on_notify(queue)
             elif self.alive and self.negotiated:
                 self._receive()
         except BackendGone as gone:
             self._lost(gone)
+
+    def _serve_sending(self, queue: Virtqueue) -> None:
+        """Send by C, and by Python the frames that C leaves."""
+        for _ in range(queue.size):
+            verdict = lib.pk_net_send(self._plane)
+            if verdict != lib.PK_NET_PYTHON:
+                break
+            chain = queue.pop()
+            if chain is None:
+                break
+            if self.on_request(queue, chain) is not None:
+                queue.push(chain)
+        if verdict != lib.PK_NET_DONE:
+            self.transport.notify(queue.index)
+        self.transport.interrupt(queue)
 
     def on_request(self, queue: Virtqueue, chain: Chain) -> int | None:
         """A command, or a frame to send."""
@@ -222,10 +280,11 @@ class Net(VirtioDevice):
             return self.control.on_command(chain)
         if self._backlog or not self._send(chain):
             self._backlog.append(chain)
-            self._watch(self._watched | EPOLLOUT)
+            self._plane.tx_held = 1
+            self._watch(self._plane.watched | EPOLLOUT)
             return None
         if self.backend.has_rest:
-            self._watch(self._watched | EPOLLOUT)
+            self._watch(self._plane.watched | EPOLLOUT)
         return 0
 
     # -- from the guest (5.1.6.2) -------------------------------------------------------------------------------
@@ -239,13 +298,13 @@ class Net(VirtioDevice):
             raise DriverFault(f"queue {TX}: {size + HEADER_SIZE} bytes are no virtio_net_hdr (5.1.6)")
         header = chain.read(HEADER_SIZE)  # a copy: the driver cannot change what was checked
         if not (self.alive and self.link and is_sound(header, size, self.negotiated)):
-            self.dropped["tx"] += 1
+            self._plane.tx_dropped += 1
             return True
         frame = slices(chain.readable, HEADER_SIZE)
         if not self.backend.send([header, *frame] if self.backend.has_header else frame):
             return False
-        self.frames["tx"] += 1
-        self.bytes["tx"] += size
+        self._plane.tx_frames += 1
+        self._plane.tx_bytes += size
         return True
 
     def _send_backlog(self) -> None:
@@ -254,44 +313,52 @@ class Net(VirtioDevice):
         while self._backlog and self._send(self._backlog[0]):
             queue.push(self._backlog.popleft())
         if not self._backlog and self.backend.flush():
-            self._watch(self._watched & ~EPOLLOUT)
+            self._plane.tx_held = 0
+            self._watch(self._plane.watched & ~EPOLLOUT)
         self.transport.interrupt(queue)
 
     # -- to the guest (5.1.6.3) ---------------------------------------------------------------------------------
 
     def _receive(self) -> None:
         """Take what the backend has, at most BURST frames, while there are buffers for it."""
-        queue = self.queues[RX]
+        queue, plane = self.queues[RX], self._plane
         if self.transport.status & lib.VIRTIO_CONFIG_S_NEEDS_RESET:
-            self._watch(self._watched & ~EPOLLIN)
             return
+        if plane.active and lib.pk_net_receive(plane) != lib.PK_NET_PYTHON:
+            return
+        if plane.active:  # C leaves the rest to Python, and its frame with it
+            self._receiver.take_over(bytes(ffi.buffer(plane.frame, plane.waiting)), plane.expected)
+            plane.waiting = 0
         if self.throttle is not None and not self.throttle.ready(RX):
-            self._watch(self._watched & ~EPOLLIN)  # a timer notifies the queue
+            self._watch(self._plane.watched & ~EPOLLIN)  # a timer notifies the queue
             return
-        self._watch(self._watched | EPOLLIN)
+        self._watch(self._plane.watched | EPOLLIN)
         try:
             for _ in range(BURST):
                 if not self._receive_one(queue):
                     break
                 if self.throttle is not None and not self.throttle.ready(RX):
-                    self._watch(self._watched & ~EPOLLIN)
+                    self._watch(self._plane.watched & ~EPOLLIN)
                     break
         finally:
             self._receiver.give_back(queue)
+            plane.rx_held, plane.expected = self._receiver.is_holding, self._receiver.expected
             self.transport.interrupt(queue)
 
     def _receive_one(self, queue: Virtqueue) -> bool:
         """Take a frame; False when there is none or no room for it."""
         found = self._receiver.receive(queue) if self.link else self._receiver.drain()
         if found == netrx.TAKEN:
-            self.frames["rx"] += 1
-            self.bytes["rx"] += self._receiver.size
+            self._plane.rx_frames += 1
+            self._plane.rx_bytes += self._receiver.size
             if self.throttle is not None:
                 self.throttle.charge(self._receiver.size)
         elif found == netrx.DROPPED:
-            self.dropped["rx"] += 1
+            self._plane.rx_dropped += 1
         elif found == netrx.NO_ROOM and not queue.want_notification():
-            self._watch(self._watched & ~EPOLLIN)  # the frames wait in the backend until the driver notifies of buffers
+            self._watch(
+                self._plane.watched & ~EPOLLIN
+            )  # the frames wait in the backend until the driver notifies of buffers
             return False
         return found != netrx.EMPTY
 

@@ -28,6 +28,7 @@ class NetBackend:
     name        in messages
     fd          readable when a frame may be waiting
     has_header  frames start with a virtio_net_hdr of 12 bytes
+    is_plain    and readv and writev of `fd` are all that `receive` and `send` do: C may do it
     offloads    VIRTIO_NET_F_* bits of checksum and segmentation offload that the backend can honour
     mtu         what the device offers as its MTU unless it is told otherwise; 0 for nothing
     has_rest    a frame was taken, but not all of it sent yet: call `flush` when `fd` is writable
@@ -36,6 +37,7 @@ class NetBackend:
     name = "network"
     fd = -1
     has_header = False
+    is_plain = False
     offloads = 0
     mtu = 0
     has_rest = False

@@ -1,8 +1,9 @@
 """The receiving half of a network device: frames of the backend into the guest's buffers. Layer: virtio.
 
 Source: virtio 1.2, 5.1.6.3 and 5.1.6.4. How large a frame is shows when it has been read: it is read into as many
-buffers as the largest may need, and those that stayed empty go back to the ring. A scratch buffer behind them takes
-what the guest has no room for.
+buffers as the last one needed, with a scratch buffer behind them. What lands there is copied into further buffers; if
+the guest has too few of them, the frame waits in host memory. Buffers that stayed empty go back to the ring.
+native/net.c does the same for taps.
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ if TYPE_CHECKING:
     from pykvm.virtio.queue import Virtqueue
 
 GUEST_CSUM, MERGEABLE = net_bits("GUEST_CSUM"), net_bits("MRG_RXBUF")
-LARGE = net_bits("GUEST_TSO4", "GUEST_TSO6", "GUEST_UFO", "GUEST_USO4", "GUEST_USO6")
 LARGEST = HEADER_SIZE + MAX_FRAME
 NUM_BUFFERS_OFFSET = 10
-LINK_OVERHEAD = 18  # Ethernet header and a VLAN tag
 
 # what `receive` found
 TAKEN, DROPPED, EMPTY, NO_ROOM = "taken", "dropped", "empty", "no room"
 
 
 class Receiver:
-    """Takes one frame at a time. `size` is that of the frame last taken, without header."""
+    """Takes one frame at a time.
+
+    size      that of the frame last taken, without header
+    expected  what the next one will have, with header
+    """
 
     def __init__(self, backend: NetBackend) -> None:
         self.backend = backend
@@ -41,14 +44,22 @@ class Receiver:
         self._chains: list[Chain] = []
         self._waiting: bytes | None = None  # with header: the guest's buffers are too few for it yet
         self._mergeable = self._checksums = False
-        self._wanted = LARGEST
+        self.expected = HEADER_SIZE
 
-    def negotiate(self, features: int, mtu: int) -> None:
-        """What the driver agreed to, and the largest frame that it expects."""
+    def negotiate(self, features: int) -> None:
+        """What the driver agreed to."""
         self._mergeable = bool(features & MERGEABLE)
         self._checksums = bool(features & GUEST_CSUM)
-        large = features & LARGE or not mtu
-        self._wanted = LARGEST if large else HEADER_SIZE + LINK_OVERHEAD + mtu
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether a frame waits for more buffers."""
+        return self._waiting is not None
+
+    def take_over(self, frame: bytes, expected: int) -> None:
+        """Go on where C stopped: with a frame (and its header) that waits for more buffers, or b""."""
+        self._waiting = frame or self._waiting
+        self.expected = max(expected, HEADER_SIZE)
 
     def drain(self) -> str:
         """Take a frame and drop it."""
@@ -62,27 +73,25 @@ class Receiver:
 
     def receive(self, queue: Virtqueue) -> str:
         """Put one frame into the guest's buffers. Raises DriverFault, BackendGone. Call `give_back` in the end."""
-        buffers, room = self._gather(queue)
         if self._waiting is not None:
-            return self._deliver_waiting(queue, buffers, room)
+            return self._deliver_waiting(queue, self._waiting)
+        buffers, room = self._gather(queue, self.expected)
         if not buffers:
             return NO_ROOM
         skipped = 0 if self.backend.has_header else HEADER_SIZE
         got = self.backend.receive([*slices(buffers, skipped), self._spill])
         if not got:
             return EMPTY
-        total = got + skipped
-        if total <= room:
-            return self._deliver(queue, total)
-        if not self._mergeable or total > LARGEST:
-            return DROPPED
-        self._waiting = b"".join((*buffers, self._spill[: total - room]))
-        return self.receive(queue)
+        self.expected = total = got + skipped
+        return self._deliver(queue, total) if total <= room else self._deliver_spilled(queue, buffers, room, total)
 
-    def _gather(self, queue: Virtqueue) -> tuple[list[memoryview], int]:
-        """Buffers for the largest frame, as far as the driver has offered them, and the bytes they hold."""
+    def _gather(self, queue: Virtqueue, wanted: int) -> tuple[list[memoryview], int]:
+        """Buffers of at least `wanted` bytes, as far as the driver has offered them, and the bytes they hold.
+
+        Without mergeable buffers a frame has one chain.
+        """
         room = sum(chain.writable_size for chain in self._chains)
-        while (room < self._wanted if self._mergeable else not self._chains) and (chain := queue.pop()) is not None:
+        while (room < wanted if self._mergeable else not self._chains) and (chain := queue.pop()) is not None:
             if chain.readable:
                 raise DriverFault(f"queue {queue.index}: device-readable buffer to receive into (5.1.6.3.1)")
             if chain.writable_size < HEADER_SIZE:
@@ -95,9 +104,15 @@ class Receiver:
             room = sum(map(len, buffers))
         return buffers, room
 
-    def _deliver_waiting(self, queue: Virtqueue, buffers: list[memoryview], room: int) -> str:
-        frame = self._waiting
-        assert frame is not None
+    def _deliver_spilled(self, queue: Virtqueue, buffers: list[memoryview], room: int, total: int) -> str:
+        """A frame that was longer than the buffers, with the rest of it in the spill."""
+        if not self._mergeable or total > LARGEST:
+            return DROPPED
+        self._waiting = b"".join((*buffers, self._spill[: total - room]))
+        return self.receive(queue)
+
+    def _deliver_waiting(self, queue: Virtqueue, frame: bytes) -> str:
+        buffers, room = self._gather(queue, len(frame))
         if room < len(frame):
             if len(self._chains) < queue.size:
                 return NO_ROOM

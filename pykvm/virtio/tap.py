@@ -61,6 +61,7 @@ class Tap(NetBackend):
             else:
                 self._open(FREE_NAME if ifname is None else ifname, mtu)
             self.name = f"tap {self.ifname}"
+            self.is_plain = self.has_header
             self.mtu = max(0, lib.pk_if_mtu(self.ifname.encode()))
             if self.has_header:
                 self._check(lib.pk_tap_use_header(self.fd), "header")
@@ -120,7 +121,9 @@ class Tap(NetBackend):
     def receive(self, buffers: Sequence[memoryview]) -> int:
         """One frame by one readv, straight into the guest's buffers."""
         try:
-            return os.readv(self.fd, buffers)
+            if got := os.readv(self.fd, buffers):
+                return got
+            raise BackendGone(f"{self.name} was closed")
         except BlockingIOError:
             return 0
         except OSError as error:

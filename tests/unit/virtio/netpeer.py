@@ -19,13 +19,16 @@ def frame(size: int, fill: int = 0x41) -> bytes:
 
 
 class FakeTap(Tap):
-    """A tap's readv and writev on a datagram socket; `peer` is the host's side, frames with their header."""
+    """A tap's readv and writev, on a socket that keeps frames apart; `peer` is the host's end."""
+
+    by_c = True  # whether C moves the frames
 
     def __init__(self, *, has_header: bool = True, offloads: int = OFFLOADS, mtu: int = 1500) -> None:
-        ours, self.peer = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        ours, self.peer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.peer.setblocking(False)
         self.ifname, self.name = "fake0", "tap fake0"
         self.has_header, self.offloads, self.mtu = has_header, offloads if has_header else 0, mtu
+        self.is_plain = has_header and self.by_c
         self.settings: list[object] = []
         ours.setblocking(False)
         self.fd = ours.detach()

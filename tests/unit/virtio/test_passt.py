@@ -83,7 +83,7 @@ def test_a_full_socket_keeps_the_stream_whole(wire: Wire) -> None:
     assert len(wire.tx.used()) < 7
     assert read_all(wire) == packed(*sent)
     assert len(wire.tx.used()) > 0
-    assert wire.net._watched == 0
+    assert wire.net._plane.watched == 0
 
 
 def read_all(wire: Wire) -> bytes:
