@@ -107,6 +107,8 @@ int pk_blk_serve(struct pk_blk_queue *queue) {
         int found = pk_queue_pop(queue->queue, &chain);
         if (found == PK_EMPTY) {
             interrupt(queue); /* before asking for more: the driver has something to do meanwhile */
+            if (pk_queue_poll(queue->queue, &queue->poll) == PK_GOT)
+                continue;
             found = pk_queue_want_notification(queue->queue);
             if (found == PK_EMPTY)
                 return PK_BLK_DONE;
@@ -137,6 +139,7 @@ static int ready(struct pk_handler *handler, int fd) {
         return 0;
     int verdict = PK_BLK_DONE;
     pk_mutex_lock(queue->disk->lock);
+    pk_queue_woken(&queue->poll);
     if (queue->disk->active)
         verdict = pk_blk_serve(queue);
     pk_mutex_unlock(queue->disk->lock);

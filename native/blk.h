@@ -35,6 +35,7 @@ struct pk_blk_queue {
     struct pk_handler handler;
     struct pk_blk *disk;
     struct pk_virtqueue *queue;
+    struct pk_poll poll;
 };
 
 void pk_blk_queue_init(struct pk_blk_queue *queue);

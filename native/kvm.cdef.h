@@ -1,333 +1,93 @@
 /*
  * What Python may see of <linux/kvm.h>: field names only. Sizes, offsets and every KVM_* number come from the
- * installed header when the module is compiled (build.py adds the constants). "...;" says: there is more, and
- * the compiler knows where. An #ifdef section is kept when the installed header defines that macro.
+ * installed header when the module is compiled (build.py adds the constants). "...;" says: there is more, and the
+ * compiler knows where. An #ifdef section is kept when the installed header defines that macro.
  */
 
-struct kvm_userspace_memory_region {
-    __u32 slot;
-    __u32 flags;
-    __u64 guest_phys_addr;
-    __u64 memory_size;
-    __u64 userspace_addr;
-};
+struct kvm_userspace_memory_region { __u32 slot; __u32 flags; __u64 guest_phys_addr; __u64 memory_size; __u64 userspace_addr; };
 #ifdef KVM_SET_USER_MEMORY_REGION2
-struct kvm_userspace_memory_region2 {
-    __u32 slot;
-    __u32 flags;
-    __u64 guest_phys_addr;
-    __u64 memory_size;
-    __u64 userspace_addr;
-    __u64 guest_memfd_offset;
-    __u32 guest_memfd;
-    ...;
-};
+struct kvm_userspace_memory_region2 { __u32 slot; __u32 flags; __u64 guest_phys_addr; __u64 memory_size; __u64 userspace_addr; __u64 guest_memfd_offset; __u32 guest_memfd; ...; };
 #endif
 #ifdef KVM_CREATE_GUEST_MEMFD
-struct kvm_create_guest_memfd {
-    __u64 size;
-    __u64 flags;
-    ...;
-};
+struct kvm_create_guest_memfd { __u64 size; __u64 flags; ...; };
 #endif
 
-/* -- registers
- * ------------------------------------------------------------------------------------------------ */
-struct kvm_regs {
-    __u64 rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags;
-};
-struct kvm_segment {
-    __u64 base;
-    __u32 limit;
-    __u16 selector;
-    __u8 type, present, dpl, db, s, l, g, avl, unusable;
-    ...;
-};
-struct kvm_dtable {
-    __u64 base;
-    __u16 limit;
-    ...;
-};
-struct kvm_sregs {
-    struct kvm_segment cs, ds, es, fs, gs, ss, tr, ldt;
-    struct kvm_dtable gdt, idt;
-    __u64 cr0, cr2, cr3, cr4, cr8, efer, apic_base;
-    __u64 interrupt_bitmap[...];
-};
-struct kvm_sregs2 {
-    struct kvm_segment cs, ds, es, fs, gs, ss, tr, ldt;
-    struct kvm_dtable gdt, idt;
-    __u64 cr0, cr2, cr3, cr4, cr8, efer, apic_base, flags;
-    __u64 pdptrs[4];
-};
-struct kvm_fpu {
-    __u8 fpr[8][16];
-    __u16 fcw, fsw;
-    __u8 ftwx;
-    __u16 last_opcode;
-    __u64 last_ip, last_dp;
-    __u8 xmm[16][16];
-    __u32 mxcsr;
-    ...;
-};
-struct kvm_xsave {
-    __u32 region[...];
-    ...;
-};
-struct kvm_xcr {
-    __u32 xcr;
-    __u64 value;
-    ...;
-};
-struct kvm_xcrs {
-    __u32 nr_xcrs;
-    __u32 flags;
-    struct kvm_xcr xcrs[...];
-    ...;
-};
-struct kvm_msr_entry {
-    __u32 index;
-    __u64 data;
-    ...;
-};
-struct kvm_msrs {
-    __u32 nmsrs;
-    struct kvm_msr_entry entries[];
-    ...;
-};
-struct kvm_msr_list {
-    __u32 nmsrs;
-    __u32 indices[];
-};
-struct kvm_cpuid_entry2 {
-    __u32 function, index, flags, eax, ebx, ecx, edx;
-    ...;
-};
-struct kvm_cpuid2 {
-    __u32 nent;
-    struct kvm_cpuid_entry2 entries[];
-    ...;
-};
-struct kvm_lapic_state {
-    char regs[...];
-};
-struct kvm_mp_state {
-    __u32 mp_state;
-};
-struct kvm_debugregs {
-    __u64 db[4];
-    __u64 dr6, dr7, flags;
-    ...;
-};
-struct kvm_translation {
-    __u64 linear_address;
-    __u64 physical_address;
-    __u8 valid, writeable, usermode;
-    ...;
-};
-struct kvm_interrupt {
-    __u32 irq;
-};
-struct kvm_guest_debug_arch {
-    __u64 debugreg[8];
-};
-struct kvm_guest_debug {
-    __u32 control;
-    struct kvm_guest_debug_arch arch;
-    ...;
-};
-struct kvm_debug_exit_arch {
-    __u32 exception, pad;
-    __u64 pc, dr6, dr7;
-};
-struct kvm_signal_mask {
-    __u32 len;
-    __u8 sigset[];
-};
-struct kvm_nested_state {
-    __u16 flags, format;
-    __u32 size;
-    ...;
-};
+/* -- registers ------------------------------------------------------------------------------------------------ */
+struct kvm_regs { __u64 rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags; };
+struct kvm_segment { __u64 base; __u32 limit; __u16 selector; __u8 type, present, dpl, db, s, l, g, avl, unusable; ...; };
+struct kvm_dtable { __u64 base; __u16 limit; ...; };
+struct kvm_sregs { struct kvm_segment cs, ds, es, fs, gs, ss, tr, ldt; struct kvm_dtable gdt, idt; __u64 cr0, cr2, cr3, cr4, cr8, efer, apic_base; __u64 interrupt_bitmap[...]; };
+struct kvm_sregs2 { struct kvm_segment cs, ds, es, fs, gs, ss, tr, ldt; struct kvm_dtable gdt, idt; __u64 cr0, cr2, cr3, cr4, cr8, efer, apic_base, flags; __u64 pdptrs[4]; };
+struct kvm_fpu { __u8 fpr[8][16]; __u16 fcw, fsw; __u8 ftwx; __u16 last_opcode; __u64 last_ip, last_dp; __u8 xmm[16][16]; __u32 mxcsr; ...; };
+struct kvm_xsave { __u32 region[...]; ...; };
+struct kvm_xcr { __u32 xcr; __u64 value; ...; };
+struct kvm_xcrs { __u32 nr_xcrs; __u32 flags; struct kvm_xcr xcrs[...]; ...; };
+struct kvm_msr_entry { __u32 index; __u64 data; ...; };
+struct kvm_msrs { __u32 nmsrs; struct kvm_msr_entry entries[]; ...; };
+struct kvm_msr_list { __u32 nmsrs; __u32 indices[]; };
+struct kvm_cpuid_entry2 { __u32 function, index, flags, eax, ebx, ecx, edx; ...; };
+struct kvm_cpuid2 { __u32 nent; struct kvm_cpuid_entry2 entries[]; ...; };
+struct kvm_lapic_state { char regs[...]; };
+struct kvm_mp_state { __u32 mp_state; };
+struct kvm_debugregs { __u64 db[4]; __u64 dr6, dr7, flags; ...; };
+struct kvm_translation { __u64 linear_address; __u64 physical_address; __u8 valid, writeable, usermode; ...; };
+struct kvm_interrupt { __u32 irq; };
+struct kvm_guest_debug_arch { __u64 debugreg[8]; };
+struct kvm_guest_debug { __u32 control; struct kvm_guest_debug_arch arch; ...; };
+struct kvm_debug_exit_arch { __u32 exception, pad; __u64 pc, dr6, dr7; };
+struct kvm_signal_mask { __u32 len; __u8 sigset[]; };
+struct kvm_nested_state { __u16 flags, format; __u32 size; ...; };
 struct kvm_vcpu_events {
-    struct {
-        __u8 injected, nr, has_error_code, pending;
-        __u32 error_code;
-    } exception;
-    struct {
-        __u8 injected, nr, soft, shadow;
-    } interrupt;
-    struct {
-        __u8 injected, pending, masked, pad;
-    } nmi;
+    struct { __u8 injected, nr, has_error_code, pending; __u32 error_code; } exception;
+    struct { __u8 injected, nr, soft, shadow; } interrupt;
+    struct { __u8 injected, pending, masked, pad; } nmi;
     __u32 sipi_vector;
     __u32 flags;
-    struct {
-        __u8 smm, pending, smm_inside_nmi, latched_init;
-    } smi;
+    struct { __u8 smm, pending, smm_inside_nmi, latched_init; } smi;
     __u8 exception_has_payload;
     __u64 exception_payload;
     ...;
 };
-struct kvm_sync_regs {
-    struct kvm_regs regs;
-    struct kvm_sregs sregs;
-    struct kvm_vcpu_events events;
-};
+struct kvm_sync_regs { struct kvm_regs regs; struct kvm_sregs sregs; struct kvm_vcpu_events events; };
 
-/* -- interrupt controllers, timers, routing
- * -------------------------------------------------------------------- */
-struct kvm_irqchip {
-    __u32 chip_id;
-    ...;
-};
-struct kvm_pit_config {
-    __u32 flags;
-    ...;
-};
-struct kvm_pit_channel_state {
-    __u32 count;
-    __u16 latched_count;
-    __u8 count_latched, status_latched, status, read_state, write_state, write_latch, rw_mode, mode, bcd,
-        gate;
-    __s64 count_load_time;
-};
-struct kvm_pit_state2 {
-    struct kvm_pit_channel_state channels[3];
-    __u32 flags;
-    ...;
-};
-struct kvm_irq_level {
-    __u32 irq;
-    __u32 level;
-    ...;
-};
-struct kvm_irq_routing_irqchip {
-    __u32 irqchip;
-    __u32 pin;
-};
-struct kvm_irq_routing_msi {
-    __u32 address_lo, address_hi, data, pad;
-};
-struct kvm_irq_routing_entry {
-    __u32 gsi, type, flags;
-    union {
-        struct kvm_irq_routing_irqchip irqchip;
-        struct kvm_irq_routing_msi msi;
-        __u32 pad[8];
-    } u;
-    ...;
-};
-struct kvm_irq_routing {
-    __u32 nr;
-    __u32 flags;
-    struct kvm_irq_routing_entry entries[];
-};
-struct kvm_irqfd {
-    __u32 fd, gsi, flags, resamplefd;
-    ...;
-};
-struct kvm_ioeventfd {
-    __u64 datamatch, addr;
-    __u32 len;
-    __s32 fd;
-    __u32 flags;
-    ...;
-};
-struct kvm_msi {
-    __u32 address_lo, address_hi, data, flags, devid;
-    ...;
-};
-struct kvm_clock_data {
-    __u64 clock;
-    __u32 flags;
-    __u64 realtime, host_tsc;
-    ...;
-};
+/* -- interrupt controllers, timers, routing -------------------------------------------------------------------- */
+struct kvm_irqchip { __u32 chip_id; ...; };
+struct kvm_pit_config { __u32 flags; ...; };
+struct kvm_pit_channel_state { __u32 count; __u16 latched_count; __u8 count_latched, status_latched, status, read_state, write_state, write_latch, rw_mode, mode, bcd, gate; __s64 count_load_time; };
+struct kvm_pit_state2 { struct kvm_pit_channel_state channels[3]; __u32 flags; ...; };
+struct kvm_irq_level { __u32 irq; __u32 level; ...; };
+struct kvm_irq_routing_irqchip { __u32 irqchip; __u32 pin; };
+struct kvm_irq_routing_msi { __u32 address_lo, address_hi, data, pad; };
+struct kvm_irq_routing_entry { __u32 gsi, type, flags; union { struct kvm_irq_routing_irqchip irqchip; struct kvm_irq_routing_msi msi; __u32 pad[8]; } u; ...; };
+struct kvm_irq_routing { __u32 nr; __u32 flags; struct kvm_irq_routing_entry entries[]; };
+struct kvm_irqfd { __u32 fd, gsi, flags, resamplefd; ...; };
+struct kvm_ioeventfd { __u64 datamatch, addr; __u32 len; __s32 fd; __u32 flags; ...; };
+struct kvm_msi { __u32 address_lo, address_hi, data, flags, devid; ...; };
+struct kvm_clock_data { __u64 clock; __u32 flags; __u64 realtime, host_tsc; ...; };
 
-/* -- memory
- * ---------------------------------------------------------------------------------------------------- */
-struct kvm_dirty_log {
-    __u32 slot;
-    void *dirty_bitmap;
-    ...;
-};
-struct kvm_clear_dirty_log {
-    __u32 slot;
-    __u32 num_pages;
-    __u64 first_page;
-    void *dirty_bitmap;
-    ...;
-};
-struct kvm_dirty_gfn {
-    __u32 flags;
-    __u32 slot;
-    __u64 offset;
-};
-struct kvm_coalesced_mmio_zone {
-    __u64 addr;
-    __u32 size;
-    __u32 pio;
-    ...;
-};
-struct kvm_coalesced_mmio {
-    __u64 phys_addr;
-    __u32 len;
-    __u32 pio;
-    __u8 data[8];
-    ...;
-};
+/* -- memory ---------------------------------------------------------------------------------------------------- */
+struct kvm_dirty_log { __u32 slot; void *dirty_bitmap; ...; };
+struct kvm_clear_dirty_log { __u32 slot; __u32 num_pages; __u64 first_page; void *dirty_bitmap; ...; };
+struct kvm_dirty_gfn { __u32 flags; __u32 slot; __u64 offset; };
+struct kvm_coalesced_mmio_zone { __u64 addr; __u32 size; __u32 pio; ...; };
+struct kvm_coalesced_mmio { __u64 phys_addr; __u32 len; __u32 pio; __u8 data[8]; ...; };
 
-/* -- the rest
- * -------------------------------------------------------------------------------------------------- */
-struct kvm_enable_cap {
-    __u32 cap, flags;
-    __u64 args[4];
-    ...;
-};
-struct kvm_create_device {
-    __u32 type, fd, flags;
-};
-struct kvm_device_attr {
-    __u32 flags, group;
-    __u64 attr, addr;
-};
-struct kvm_msr_filter_range {
-    __u32 flags, nmsrs, base;
-    __u8 *bitmap;
-};
-struct kvm_msr_filter {
-    __u32 flags;
-    struct kvm_msr_filter_range ranges[...];
-};
-struct kvm_stats_header {
-    __u32 flags, name_size, num_desc, id_offset, desc_offset, data_offset;
-};
-struct kvm_stats_desc {
-    __u32 flags;
-    __s16 exponent;
-    __u16 size;
-    __u32 offset;
-    __u32 bucket_size;
-    char name[];
-    ...;
-};
+/* -- the rest -------------------------------------------------------------------------------------------------- */
+struct kvm_enable_cap { __u32 cap, flags; __u64 args[4]; ...; };
+struct kvm_create_device { __u32 type, fd, flags; };
+struct kvm_device_attr { __u32 flags, group; __u64 attr, addr; };
+struct kvm_msr_filter_range { __u32 flags, nmsrs, base; __u8 *bitmap; };
+struct kvm_msr_filter { __u32 flags; struct kvm_msr_filter_range ranges[...]; };
+struct kvm_stats_header { __u32 flags, name_size, num_desc, id_offset, desc_offset, data_offset; };
+struct kvm_stats_desc { __u32 flags; __s16 exponent; __u16 size; __u32 offset; __u32 bucket_size; char name[]; ...; };
 
 struct kvm_xen_exit {
     __u32 type;
     union {
-        struct {
-            __u32 longmode, cpl;
-            __u64 input, result;
-            __u64 params[6];
-        } hcall;
+        struct { __u32 longmode, cpl; __u64 input, result; __u64 params[6]; } hcall;
     } u;
 };
-struct kvm_xen_hvm_config {
-    __u32 flags;
-    __u32 msr;
-    ...;
-};
+struct kvm_xen_hvm_config { __u32 flags; __u32 msr; ...; };
 
 struct kvm_run {
     __u8 request_interrupt_window;
@@ -339,72 +99,24 @@ struct kvm_run {
     __u64 cr8;
     __u64 apic_base;
     union {
-        struct {
-            __u64 hardware_exit_reason;
-        } hw;
-        struct {
-            __u64 hardware_entry_failure_reason;
-            __u32 cpu;
-        } fail_entry;
-        struct {
-            __u32 exception;
-            __u32 error_code;
-        } ex;
-        struct {
-            __u8 direction, size;
-            __u16 port;
-            __u32 count;
-            __u64 data_offset;
-        } io;
-        struct {
-            struct kvm_debug_exit_arch arch;
-        } debug;
-        struct {
-            __u64 phys_addr;
-            __u8 data[8];
-            __u32 len;
-            __u8 is_write;
-        } mmio;
-        struct {
-            __u64 nr;
-            __u64 args[6];
-            __u64 ret;
-            __u32 longmode;
-        } hypercall;
-        struct {
-            __u64 rip;
-            __u32 is_write;
-        } tpr_access;
-        struct {
-            __u32 suberror;
-            __u32 ndata;
-            __u64 data[16];
-        } internal;
-        struct {
-            __u32 type;
-            __u32 ndata;
-            __u64 data[16];
-        } system_event;
-        struct {
-            __u8 vector;
-        } eoi;
-        struct {
-            __u8 error;
-            __u8 pad[7];
-            __u32 reason;
-            __u32 index;
-            __u64 data;
-        } msr;
+        struct { __u64 hardware_exit_reason; } hw;
+        struct { __u64 hardware_entry_failure_reason; __u32 cpu; } fail_entry;
+        struct { __u32 exception; __u32 error_code; } ex;
+        struct { __u8 direction, size; __u16 port; __u32 count; __u64 data_offset; } io;
+        struct { struct kvm_debug_exit_arch arch; } debug;
+        struct { __u64 phys_addr; __u8 data[8]; __u32 len; __u8 is_write; } mmio;
+        struct { __u64 nr; __u64 args[6]; __u64 ret; __u32 longmode; } hypercall;
+        struct { __u64 rip; __u32 is_write; } tpr_access;
+        struct { __u32 suberror; __u32 ndata; __u64 data[16]; } internal;
+        struct { __u32 type; __u32 ndata; __u64 data[16]; } system_event;
+        struct { __u8 vector; } eoi;
+        struct { __u8 error; __u8 pad[7]; __u32 reason; __u32 index; __u64 data; } msr;
         struct kvm_xen_exit xen;
 #ifdef KVM_EXIT_NOTIFY
-        struct {
-            __u32 flags;
-        } notify;
+        struct { __u32 flags; } notify;
 #endif
 #ifdef KVM_EXIT_MEMORY_FAULT
-        struct {
-            __u64 flags, gpa, size;
-        } memory_fault;
+        struct { __u64 flags, gpa, size; } memory_fault;
 #endif
         char padding[256];
     };
@@ -413,33 +125,11 @@ struct kvm_run {
     ...;
 };
 
-/* -- the hot loop (runloop.h)
- * ---------------------------------------------------------------------------------- */
-struct pk_ring {
-    uint32_t size;
-    uint64_t appended;
-    ...;
-};
-struct pk_action {
-    uint64_t base, len;
-    uint8_t mmio, write, kind;
-    uint8_t enabled;
-    uint64_t value;
-    uint64_t hits;
-    struct pk_ring *ring;
-    uint32_t *word;
-    ...;
-};
-struct pk_table {
-    struct pk_action **actions;
-    uint32_t count;
-};
-struct pk_stat {
-    uint64_t address;
-    uint64_t reads, writes;
-    uint8_t mmio;
-    ...;
-};
+/* -- the hot loop (runloop.h) ---------------------------------------------------------------------------------- */
+struct pk_ring { uint32_t size; uint64_t appended; ...; };
+struct pk_action { uint64_t base, len; uint8_t mmio, write, kind; uint8_t enabled; uint64_t value; uint64_t hits; struct pk_ring *ring; uint32_t *word; ...; };
+struct pk_table { struct pk_action **actions; uint32_t count; };
+struct pk_stat { uint64_t address; uint64_t reads, writes; uint8_t mmio; ...; };
 struct pk_vcpu {
     int fd;
     struct kvm_run *run;
@@ -493,32 +183,17 @@ int pk_kick_init(int signal_offset);
 int pk_kick(struct pk_vcpu *vcpu);
 void pk_thread_init(void);
 
-/* -- virtio (virtio.h)
- * ----------------------------------------------------------------------------------------- */
+/* -- virtio (virtio.h) ----------------------------------------------------------------------------------------- */
 void pk_fence(void);
 uint32_t pk_word_or(uint32_t *word, uint32_t bits);
 uint32_t pk_word_and(uint32_t *word, uint32_t bits);
 
-/* -- guest memory, queues and the I/O loop in C (guestmem.h, virtqueue.h, ioloop.h)
- * ----------------------------- */
-typedef... pthread_mutex_t;
-struct iovec {
-    void *iov_base;
-    size_t iov_len;
-};
-struct pk_slot {
-    uint64_t gpa, size;
-    uint8_t *hva;
-    uint64_t *dirty;
-    uint8_t readonly;
-};
-struct pk_slots {
-    uint32_t count;
-    struct pk_slot *slot;
-};
-struct pk_memory {
-    struct pk_slots *slots;
-};
+/* -- guest memory, queues and the I/O loop in C (guestmem.h, virtqueue.h, ioloop.h) ----------------------------- */
+typedef ... pthread_mutex_t;
+struct iovec { void *iov_base; size_t iov_len; };
+struct pk_slot { uint64_t gpa, size; uint8_t *hva; uint64_t *dirty; uint8_t readonly; };
+struct pk_slots { uint32_t count; struct pk_slot *slot; };
+struct pk_memory { struct pk_slots *slots; };
 struct pk_virtqueue {
     struct pk_memory *memory;
     uint8_t *desc;
@@ -527,16 +202,9 @@ struct pk_virtqueue {
     uint16_t next_avail, next_used, signalled;
     uint8_t enabled, event_idx, indirect;
 };
-struct pk_chain {
-    uint16_t head;
-    uint16_t readable, count;
-    uint64_t readable_bytes, writable_bytes;
-    struct iovec iov[...];
-};
-struct pk_interrupt {
-    uint32_t *status;
-    int call;
-};
+struct pk_chain { uint16_t head; uint16_t readable, count; uint64_t readable_bytes, writable_bytes; struct iovec iov[...]; };
+struct pk_poll { uint32_t max_ns, now_ns; ...; };
+struct pk_interrupt { uint32_t *status; int call; };
 #define PK_EMPTY ...
 #define PK_GOT ...
 #define PK_FAULT ...
@@ -546,25 +214,16 @@ void pk_queue_push(struct pk_virtqueue *queue, uint16_t head, uint32_t written);
 int pk_queue_should_interrupt(struct pk_virtqueue *queue);
 int pk_queue_want_notification(struct pk_virtqueue *queue);
 void pk_memory_written(const struct pk_slots *slots, const void *hva, size_t length);
-struct pk_handler {
-    ...;
-};
+struct pk_handler { ...; };
 struct pk_io;
-struct pk_ready {
-    int32_t fd;
-    uint32_t events;
-};
+struct pk_ready { int32_t fd; uint32_t events; };
 struct pk_io *pk_io_new(void);
 void pk_io_free(struct pk_io *io);
 int pk_io_handle(struct pk_io *io, int fd, struct pk_handler *handler);
 int pk_io_wait(struct pk_io *io, int epoll, int64_t timeout_ns, struct pk_ready *ready, int max);
 
-/* -- disks (blk.h, <linux/virtio_blk.h>)
- * ----------------------------------------------------------------------- */
-struct virtio_blk_geometry {
-    __u16 cylinders;
-    __u8 heads, sectors;
-};
+/* -- disks (blk.h, <linux/virtio_blk.h>) ----------------------------------------------------------------------- */
+struct virtio_blk_geometry { __u16 cylinders; __u8 heads, sectors; };
 struct virtio_blk_config {
     __u64 capacity;
     __u32 size_max, seg_max;
@@ -590,11 +249,7 @@ struct pk_blk {
     uint64_t reads, writes, flushes;
     struct pk_interrupt interrupt;
 };
-struct pk_blk_queue {
-    struct pk_handler handler;
-    struct pk_blk *disk;
-    struct pk_virtqueue *queue;
-};
+struct pk_blk_queue { struct pk_handler handler; struct pk_blk *disk; struct pk_virtqueue *queue; struct pk_poll poll; };
 #define PK_BLK_DONE ...
 #define PK_BLK_MORE ...
 #define PK_BLK_PYTHON ...

@@ -52,6 +52,21 @@ int pk_queue_want_notification(struct pk_virtqueue *queue);
  * takes them off the chain: the readable entries that are left from *rest on, or -1 when there are fewer
  * bytes. */
 int pk_chain_take(struct pk_chain *chain, void *header, size_t size, struct iovec **rest);
+
+/*
+ * An empty queue is watched for a while before its driver is asked to notify: a notification costs an exit
+ * and a wake-up, many times what a short request does. How long adapts: to nothing, where watching found
+ * nothing.
+ */
+struct pk_poll {
+    uint32_t max_ns, now_ns; /* 0: never; how long at present */
+    uint64_t idle_since; /* CLOCK_MONOTONIC when the queue was left empty and watching began; 0: not yet */
+};
+/* Watches: PK_GOT when the driver added a chain, else PK_EMPTY. Busy for at most max_ns. */
+int pk_queue_poll(const struct pk_virtqueue *queue, struct pk_poll *poll);
+/* The driver's notification woke the caller: adapts to how long that took. */
+void pk_queue_woken(struct pk_poll *poll);
+
 /* Marks the first `length` bytes of the chain's writable buffers as written. Call it before the push. */
 void pk_chain_written(const struct pk_virtqueue *queue, const struct pk_chain *chain, uint64_t length);
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 QUEUE_SIZE = 256
 MAX_QUEUES = 16
+POLL_NS = 50_000  # the longest time for which an empty queue is watched, where there is a CPU to spare
 HEADER = struct.Struct("<IIQ")  # struct virtio_blk_outhdr
 SEGMENT = struct.Struct("<QII")  # struct virtio_blk_discard_write_zeroes
 ID_BYTES = lib.VIRTIO_BLK_ID_BYTES
@@ -136,6 +137,7 @@ class Disk(VirtioDevice):
             assert isinstance(queue, NativeQueue)
             entry = ffi.new("struct pk_blk_queue *", {"disk": plane, "queue": queue.state})
             lib.pk_blk_queue_init(entry)
+            entry.poll.max_ns = POLL_NS if len(os.sched_getaffinity(0)) > 1 else 0
             self._plane_queues.append(entry)
             self.io.add_handler(kick, ffi.addressof(entry, "handler"))
 
