@@ -32,7 +32,9 @@ class Ring:
         self._size = size
 
     def drain(self) -> bytes:
-        """Everything in the ring, oldest first."""
+        """Everything in the ring, oldest first; nothing once it is closed."""
+        if self.handle == ffi.NULL:
+            return b""
         count = lib.pk_ring_drain(self.handle, self._buffer, self._size)
         return bytes(ffi.buffer(self._buffer, count)) if count else b""
 

@@ -7,6 +7,7 @@ import os
 import threading
 from pathlib import Path
 
+import guests
 import pytest
 from realmode import CLI_HLT, SPIN, machine
 
@@ -95,3 +96,10 @@ def test_a_view_outlives_the_machine() -> None:
     view = vm.memory.view(0x1000, 2)
     vm.close()
     assert bytes(view) == CLI_HLT
+
+
+def test_the_console_outlives_the_machine() -> None:
+    """What a guest printed can still be read when its machine is closed."""
+    with guests.pc("hello.bin") as pc:
+        pc.run(timeout=guests.RUN_S)
+    assert pc.console.text == "Hello from real mode\r\n"
