@@ -1,0 +1,151 @@
+"""Disks on a real /dev/kvm, with the virtio-blk driver of images/blk.c."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import struct
+from typing import TYPE_CHECKING
+
+import command
+import guests
+import pytest
+
+from pykvm.virtio.blk import Disk
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SIZE = 4 << 20
+BLOCK = 4096
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """4 MiB of zeroes."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(SIZE))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "options", "how"),
+    [
+        ("", {}, "polled"),
+        ("", {"native": False}, "polled"),
+        ("bytes=65536", {"direct": True}, "polled"),
+        ("irq=1", {}, "by interrupt"),
+        ("irq=1", {"native": False}, "by interrupt"),
+    ],
+)
+def test_data_come_back(image: Path, cmdline: str, options: dict[str, bool], how: str) -> None:
+    """A guest reads what it wrote, by C and by Python, polled and by interrupts, and the image holds it."""
+    disk = Disk(image, **options)  # type: ignore[arg-type]
+    outcome, text = guests.run("blk.elf", f"mode=check count=16 {cmdline}", devices=[disk])
+    assert (outcome.kind, outcome.code) == ("DEBUG_EXIT", 0), text
+    size = 65536 if "bytes" in cmdline else BLOCK
+    assert f"blk: 16 blocks of {size} bytes, {how}, ok" in text
+    assert disk.requests == {
+        **dict.fromkeys(("get id", "discard", "write zeroes"), 0),
+        "read": 16,
+        "write": 16,
+        "flush": 1,
+    }
+    numbers = struct.unpack(f"<{size // 8}Q", image.read_bytes()[3 * size : 4 * size])
+    assert numbers == tuple(range(3 * 1000003, 3 * 1000003 + size // 8))
+
+
+def test_python_serves_only_what_c_cannot(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of reads, many in flight, never reach Python."""
+    disk = Disk(image)
+    monkeypatch.setattr(disk, "on_request", lambda *_: pytest.fail("served by Python"))
+    outcome, text = guests.run("blk.elf", "count=3000 depth=32", devices=[disk])
+    assert (outcome.kind, outcome.code) == ("DEBUG_EXIT", 0), text
+    assert disk.requests["read"] == 3000
+
+
+def test_a_read_only_disk_stays_as_it_is(image: Path) -> None:
+    """A guest that writes all the same gets an I/O error."""
+    outcome, text = guests.run("blk.elf", "mode=probe type=1 sector=8", devices=[Disk(image, readonly=True)])
+    assert "type 1 at sector 8: status 1" in text
+    assert outcome.code == 0
+    assert image.read_bytes() == bytes(SIZE)
+
+
+def test_an_unknown_request(image: Path) -> None:
+    """A type that nobody knows is unsupported, no more."""
+    _, text = guests.run("blk.elf", "mode=probe type=77", devices=[Disk(image)])
+    assert "status 2" in text
+
+
+def test_a_file_cut_short_under_a_running_guest(image: Path) -> None:
+    """The guest sees an I/O error for what is gone; the machine goes on to its end."""
+    disk = Disk(image)
+    os.truncate(image, BLOCK)
+    outcome, text = guests.run("blk.elf", "mode=probe sector=8", devices=[disk])
+    assert f"blk: {SIZE // 512} sectors, type 0 at sector 8: status 1" in text
+    assert outcome.code == 0
+
+
+def test_several_disks(image: Path, tmp_path: Path) -> None:
+    """Each disk has its own window and interrupt."""
+    second = tmp_path / "second.img"
+    second.write_bytes(bytes(SIZE))
+    outcome, text = guests.run(
+        "blk.elf", "mode=check count=4 irq=1 base=0xd0001000 gsi=17", devices=[Disk(image), Disk(second)]
+    )
+    assert (outcome.kind, outcome.code) == ("DEBUG_EXIT", 0), text
+    assert image.read_bytes() == bytes(SIZE) != second.read_bytes()
+
+
+def test_a_reset_machine_uses_its_disk_again(image: Path) -> None:
+    """After a reset the driver starts anew on the same disk."""
+    with guests.pc("blk.elf", "mode=check count=4", devices=[Disk(image)]) as machine:
+        for _ in range(2):
+            outcome = machine.run(guests.RUN_S)
+            assert (outcome.kind, outcome.code) == ("DEBUG_EXIT", 0)
+            machine.reset()
+    assert guests.text(machine).count("ok") == 2
+
+
+@pytest.mark.host
+def test_kill_loses_no_flushed_write(image: Path) -> None:
+    """A VMM killed in the middle of writes leaves every block that was flushed, whole."""
+    blocks = 64
+    process = command.spawn(
+        "--mem", "64M", "--disk", str(image), "--append", f"mode=log count={blocks}", str(guests.IMAGES / "blk.elf")
+    )
+    assert process.stdout is not None
+    said = b""
+    while b"flushed 100" not in said:
+        piece = os.read(process.stdout.fileno(), 4096)
+        assert piece, said
+        said += piece
+    os.killpg(process.pid, signal.SIGKILL)
+    said += process.communicate()[0]
+    flushed = max(int(number) for number in re.findall(rb"flushed (\d+)\r", said))
+    content = image.read_bytes()
+    for number in range(max(1, flushed - blocks + 2), flushed + 1):  # the next but one may be half written over it
+        at = number % blocks * BLOCK
+        assert content[at : at + BLOCK] == struct.pack("<Q", number) * (BLOCK // 8), number
+
+
+@pytest.mark.host
+def test_command_line(image: Path) -> None:
+    """--disk makes disks; what cannot be one is refused in a line, and so is an image that is in use."""
+    guest = str(guests.IMAGES / "blk.elf")
+    done = command.start("--debug-exit", "--disk", f"{image},id=root,queues=2", "--append", "mode=check count=2", guest)
+    assert (done.returncode, done.stderr) == (1, "")
+    held = Disk(image)
+    for spec, reason in (
+        (str(image), "locked"),
+        (f"{image},rw", "'rw' is none of"),
+        (f"{image},queues=x", "no number"),
+        (f"{image},id={'x' * 21}", "20 printable"),
+        (str(image.parent), "a directory is no disk"),
+        ("", "no file given"),
+    ):
+        done = command.start("--disk", spec, guest)
+        assert done.returncode == 2 and reason in done.stderr and done.stderr.count("\n") == 1, done
+    held.close()
