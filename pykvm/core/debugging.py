@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from pykvm.core.outcome import Outcome
     from pykvm.core.vcpu import Vcpu
     from pykvm.debug.breakpoints import Breakpoint, Debugger, OnHit
+    from pykvm.debug.gdbstub.server import GdbServer
     from pykvm.debug.symbols import Symbols
 
 
@@ -73,6 +74,20 @@ class Debugging:
         four hardware slots. Otherwise as `breakpoint`.
         """
         return self.debugger.add_watchpoint(where, on_hit, length=length, write_only=write_only)
+
+    def gdb_server(self, where: str = "127.0.0.1:0", *, wait: bool = False, arch: str = "auto") -> GdbServer:
+        """Serve gdb at `where`: [HOST:]PORT (0: a free one) or unix:PATH. `address` of the result is for gdb.
+
+        The guest stops when a gdb connects; with `wait` it runs no instruction before one has come and gone on.
+        `arch` 16, 32 or 64 is the kind of CPU that gdb is told of; auto goes by the guest's mode at that moment.
+        Raises ConfigError.
+        """
+        from pykvm.debug.gdbstub.server import GdbServer
+
+        server = GdbServer(self, where, arch=arch)  # type: ignore[arg-type]
+        if wait:
+            self.hold()  # type: ignore[attr-defined]
+        return server
 
     def step_vcpu(self, vcpu: Vcpu) -> Outcome | None:
         """`Vcpu.step`."""

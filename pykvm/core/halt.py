@@ -64,7 +64,8 @@ class HaltWatch:
     def _ask_first(self) -> None:
         first = self._machine.vcpus[0]
         if self._machine.running:
-            first.post(lambda: self._machine.io.call_soon(self._check_all) if can_never_wake(first) else None)
+            if not self._machine.held:
+                first.post(lambda: self._machine.io.call_soon(self._check_all) if can_never_wake(first) else None)
             self._arm()
 
     def _check_all(self) -> None:

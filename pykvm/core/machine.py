@@ -79,6 +79,7 @@ class Machine(Debugging, Driving):
         self.on_reset: list[Callable[[], object]] = []
         self.on_close: list[Callable[[], object]] = []
         self.on_end: list[Callable[[], object]] = []  # called under `_changed` when a run ends or is paused: only wake
+        self.keep_crash: Callable[[Vcpu, Outcome], bool] | None = None  # True: a debugger keeps the crashed guest
         self._control = threading.RLock()
         self._changed = threading.Condition()
         self._active = False  # started and not ended or paused since, though vCPUs may be frozen for a moment
@@ -90,7 +91,7 @@ class Machine(Debugging, Driving):
         self._owns_kvm = kvm is None
         self.kvm = kvm or Kvm()
         self._halt_watch = HaltWatch(self)
-        self._held = False
+        self._runners: Sequence[Vcpu] | None = None  # None: all; else a debugger lets only these run
         try:
             self._add_ram()
             self._connect()
@@ -381,8 +382,7 @@ class Machine(Debugging, Driving):
     def thaw(self) -> None:
         """Undo `freeze`, unless the run was ended or paused meanwhile, or a debugger holds it."""
         with self._control, self._changed:
-            if not self._held:
-                self._resume(self.vcpus)
+            self._resume(self.vcpus if self._runners is None else self._runners)
 
     def _resume(self, vcpus: Sequence[Vcpu]) -> None:
         """Under `_changed`."""
@@ -392,25 +392,24 @@ class Machine(Debugging, Driving):
 
     @property
     def held(self) -> bool:
-        """Whether a debugger has stopped the vCPUs; the run goes on nevertheless, `wait` waits."""
-        return self._held
+        """Whether a debugger has stopped vCPUs; the run goes on nevertheless, and `wait` waits."""
+        return self._runners is not None
 
-    def hold(self) -> None:
-        """Stop every vCPU and keep it so, whoever resumes, until `release`. Not from a vCPU's thread."""
+    def hold(self, runners: Sequence[Vcpu] = ()) -> None:
+        """Stop every vCPU but `runners` and keep it so, whoever starts the machine, until `release`.
+
+        Not from a vCPU's thread.
+        """
         with self._control:
-            self._held = True
             self.freeze()
+            self._runners = runners
+            self.thaw()
 
     def release(self) -> None:
         """Let a machine that was held go on, if it is started."""
         with self._control:
-            self._held = False
+            self._runners = None
             self.thaw()
-
-    def resume_only(self, vcpus: Sequence[Vcpu]) -> None:
-        """Run these vCPUs of a machine that is held."""
-        with self._control, self._changed:
-            self._resume(vcpus)
 
     def _end(self, outcome: Outcome | None, error: BaseException | None = None) -> None:
         """Record the run's end, under `_changed`: the first one counts."""
@@ -447,6 +446,8 @@ class Machine(Debugging, Driving):
         """Called by a vCPU's thread when it leaves the guest for good or for a pause."""
         if outcome is not None and outcome.kind in ("CRASH", "TRIPLE_FAULT") and outcome.report is None:
             error = error or self._add_report(vcpu, outcome)
+            if self.keep_crash is not None and error is None and self.keep_crash(vcpu, outcome):
+                outcome = None
         with self._changed:
             vcpu.running = False
             if error is not None or outcome is not None:

@@ -103,11 +103,17 @@ class Debugger:
         return address
 
     def add_breakpoint(
-        self, where: int | str, on_hit: OnHit | None, *, hardware: bool | None = None, once: bool = False
+        self,
+        where: int | str,
+        on_hit: OnHit | None,
+        *,
+        hardware: bool | None = None,
+        once: bool = False,
+        vcpu: Vcpu | None = None,
     ) -> Breakpoint:
-        """See Machine.breakpoint."""
+        """See Machine.breakpoint. `vcpu` is whose page tables place a software breakpoint (None: the first one's)."""
         address = self.resolve(where)
-        found = None if hardware else self._translate_anywhere(address)
+        found = None if hardware else self._ask(vcpu or self.machine.vcpus[0], address)
         if hardware is None:
             hardware = found is None or found.gpa is None
         made = Breakpoint(self, address, "hardware" if hardware else "software", on_hit, once=once)
@@ -177,11 +183,10 @@ class Debugger:
         sregs = vcpu.sregs
         return walk(self.machine.memory, linear, cr0=sregs.cr0, cr3=sregs.cr3, cr4=sregs.cr4, efer=sregs.efer)
 
-    def _translate_anywhere(self, linear: int) -> Walk:
-        """By vCPU 0, asked on its own thread; whether the page is in guest memory is checked by who uses it."""
+    def _ask(self, vcpu: Vcpu, linear: int) -> Walk:
+        """`translate`, on the vCPU's own thread."""
         found: list[Walk] = []
-        first = self.machine.vcpus[0]
-        first.call(lambda: found.append(self.translate(first, linear)), ANSWER_S)
+        vcpu.call(lambda: found.append(self.translate(vcpu, linear)), ANSWER_S)
         return found[0]
 
     def pc(self, vcpu: Vcpu) -> int:

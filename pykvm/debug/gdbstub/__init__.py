@@ -1,0 +1,1 @@
+"""A server for GDB's remote serial protocol: `pykvm start --gdb`, `Machine.gdb_server`."""

@@ -1,0 +1,110 @@
+"""gdb's `monitor` commands. Layer: debug."""
+
+from __future__ import annotations
+
+from pykvm.debug.decode import ExitFacts
+from pykvm.debug.report import build_report
+from pykvm.debug.stats import collect_stats
+from pykvm.errors import PykvmError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pykvm.debug.gdbstub.session import Session
+
+    Command = Callable[[Session, list[str]], str]
+
+
+def run_command(session: Session, line: str) -> str:
+    """What `monitor LINE` prints; errors are text as well."""
+    words = line.split()
+    name = words[0] if words else "help"
+    command = COMMANDS.get(name)
+    if command is None:
+        return f"pykvm has no monitor command {name!r}: monitor help\n"
+    try:
+        return command(session, words[1:]).rstrip("\n") + "\n"
+    except (PykvmError, ValueError, IndexError) as problem:
+        return f"{name}: {problem}\n"
+
+
+def show_help(session: Session, words: list[str]) -> str:
+    """what there is"""
+    width = max(map(len, USAGE.values()))
+    return "\n".join(f"{USAGE[name]:{width}}  {command.__doc__}" for name, command in COMMANDS.items())
+
+
+def show_exits(session: Session, words: list[str]) -> str:
+    """exits by reason, and with --stats by address"""
+    return collect_stats(session.machine).text()
+
+
+def show_registers(session: Session, words: list[str]) -> str:
+    """registers, segments, code and stack of the current thread's vCPU"""
+    vcpu = session.current
+    report = build_report("STOPPED", ExitFacts("DEBUG"), vcpu.capture_state(), session.machine.memory, vcpu=vcpu.index)
+    report.advice = []
+    _, _, rest = report.text().partition("\n")  # without the headline, which is a crash's
+    return f"vCPU {vcpu.index}\n{rest.partition(chr(10))[2]}"
+
+
+def show_walk(session: Session, words: list[str]) -> str:
+    """the page walk of a linear address, as the current thread's vCPU would do it"""
+    if len(words) != 1:
+        return "monitor walk ADDRESS"
+    return "\n".join(session.control.debugger.translate(session.current, int(words[0], 0)).lines())
+
+
+def show_support(session: Session, words: list[str]) -> str:
+    """what this host's KVM can do for a debugger"""
+    return "\n".join(session.control.debugger.support.lines())
+
+
+def set_arch(session: Session, words: list[str]) -> str:
+    """16, 32 or 64: what gdb is told when it connects the next time"""
+    if not words:
+        return f"gdb was told {session.layout.bits} bits"
+    if words[0] not in ("16", "32", "64", "auto"):
+        return "monitor arch 16|32|64|auto"
+    session.arch = words[0]
+    return "now: disconnect, then connect again"
+
+
+def save(session: Session, words: list[str]) -> str:
+    """save the machine's state to a file"""
+    return _call(session, "snapshot", words)
+
+
+def restore(session: Session, words: list[str]) -> str:
+    """put the machine back to a saved state"""
+    return _call(session, "restore", words)
+
+
+def _call(session: Session, name: str, words: list[str]) -> str:
+    method = getattr(session.machine, name, None)
+    if method is None:
+        return f"this machine has no {name}"
+    if len(words) != 1:
+        return f"monitor {name} FILE"
+    method(words[0])
+    return f"{name} {words[0]}: done"
+
+
+COMMANDS: dict[str, Command] = {
+    "help": show_help,
+    "exits": show_exits,
+    "regs": show_registers,
+    "walk": show_walk,
+    "support": show_support,
+    "arch": set_arch,
+    "snapshot": save,
+    "restore": restore,
+}
+USAGE = {
+    **{name: name for name in COMMANDS},
+    "walk": "walk ADDRESS",
+    "arch": "arch BITS",
+    "snapshot": "snapshot FILE",
+    "restore": "restore FILE",
+}

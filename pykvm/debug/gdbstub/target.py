@@ -1,0 +1,334 @@
+"""What gdb is told about the CPU, and how its registers travel. Layer: debug.
+
+One Layout for each width that a session can have. gdb takes the description when it connects; a guest that changes its
+mode later is shown through the same one.
+
+Source: GDB manual, appendix G "Target Descriptions", "i386 Features"; the register order is that of GDB's own
+features/i386. Formats: FXSAVE, Intel SDM vol. 1 10.5; XSAVE, vol. 1 13.4.
+"""
+
+from __future__ import annotations
+
+from pykvm._native import ffi
+from pykvm.errors import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pykvm._native import CData
+    from pykvm.core.vcpu import Vcpu
+
+XSTATE_BV = 512  # in the XSAVE header
+XSTATE_AVX = 1 << 2
+AVX_OFFSET = 576  # of the upper halves in the standard format (CPUID leaf 0xD, subleaf 2, EBX)
+MSR_KERNEL_GS_BASE = 0xC0000102
+
+_GPR64 = (
+    "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp",
+    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+)  # fmt: skip
+_GPR32 = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi")
+_SEGMENTS = ("cs", "ss", "ds", "es", "fs", "gs")
+_X87 = ("fctrl", "fstat", "ftag", "fiseg", "fioff", "foseg", "fooff", "fop")
+_CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer")
+
+
+class Snapshot:
+    """All registers of one vCPU as KVM's structures, read when first needed. `store` writes back what was changed."""
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        self.vcpu = vcpu
+        self.fd = vcpu.fd
+        self._parts: dict[str, CData] = {}
+        self._changed: set[str] = set()
+
+    def part(self, name: str, *, change: bool = False) -> CData:
+        """regs, sregs, fpu; or xsave, as an array of bytes."""
+        if name not in self._parts:
+            read = self.fd.get_xsave if name == "xsave" else getattr(self.fd, f"get_{name}")
+            value = read()
+            self._parts[name] = ffi.new("uint8_t[]", value) if name == "xsave" else value
+        if change:
+            self._changed.add(name)
+        return self._parts[name]
+
+    def store(self) -> None:
+        """Write back, as few ioctls as can be. Raises KvmError when KVM refuses a value."""
+        for name in ("sregs", "regs", "xsave", "fpu"):
+            if name in self._changed:
+                value = self._parts[name]
+                if name == "xsave":
+                    self.fd.set_xsave(bytes(ffi.buffer(value))[: len(value)])
+                else:
+                    getattr(self.fd, f"set_{name}")(value)
+        self._changed.clear()
+
+
+class Register:
+    """One register as gdb sees it: name, size in bits, type, and how to get and set its bytes (little-endian)."""
+
+    __slots__ = ("bits", "get", "group", "name", "put", "type")
+
+    def __init__(
+        self,
+        name: str,
+        bits: int,
+        kind: str,
+        get: Callable[[Snapshot], int],
+        put: Callable[[Snapshot, int], None],
+        group: str = "",
+    ) -> None:
+        self.name = name
+        self.bits = bits
+        self.type = kind
+        self.group = group
+        self.get = get
+        self.put = put
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.bits // 8
+
+    def xml(self) -> str:
+        """Its line in the target description."""
+        group = f' group="{self.group}"' if self.group else ""
+        return f'<reg name="{self.name}" bitsize="{self.bits}" type="{self.type}"{group}/>'
+
+
+class Layout:
+    """The registers of a session of `bits` 16, 32 or 64, in gdb's order."""
+
+    def __init__(self, bits: int, *, avx: bool = False) -> None:
+        self.bits = bits
+        self.avx = avx
+        features = [("org.gnu.gdb.i386.core", _core(bits)), ("org.gnu.gdb.i386.sse", _sse(bits))]
+        if bits == 64:
+            features.append(("org.gnu.gdb.i386.segments", [_segment_base("fs"), _segment_base("gs")]))
+        if avx:
+            features.append(("org.gnu.gdb.i386.avx", [_ymm_high(index) for index in range(16 if bits == 64 else 8)]))
+        features.append(("org.pykvm.gdb.system", _system(bits)))
+        self.features = features
+        self.registers = [register for _, registers in features for register in registers]
+        self.numbers = {register.name: number for number, register in enumerate(self.registers)}
+
+    def xml(self) -> str:
+        """target.xml."""
+        from pykvm.debug.gdbstub.targettypes import TYPES
+
+        name = {16: "i8086", 32: "i386", 64: "i386:x86-64"}[self.bits]
+        lines = ['<?xml version="1.0"?>', '<!DOCTYPE target SYSTEM "gdb-target.dtd">', "<target>"]
+        lines.append(f"<architecture>{name}</architecture>")
+        for feature, registers in self.features:
+            lines.append(f'<feature name="{feature}">')
+            lines += TYPES.get(feature, ())
+            lines += [register.xml() for register in registers]
+            lines.append("</feature>")
+        return "\n".join([*lines, "</target>", ""])
+
+    def read(self, vcpu: Vcpu, numbers: Sequence[int] | None = None) -> bytes:
+        """These registers (None: all) one after the other. Raises IndexError for a number that is none."""
+        values = Snapshot(vcpu)
+        chosen = self.registers if numbers is None else [self.registers[number] for number in numbers]
+        return b"".join((each.get(values) & (1 << each.bits) - 1).to_bytes(each.size, "little") for each in chosen)
+
+    def write(self, vcpu: Vcpu, data: bytes, number: int | None = None) -> None:
+        """Store one register, or all. Raises ValueError for data of another length, UsageError, KvmError."""
+        chosen = self.registers if number is None else [self.registers[number]]
+        if len(data) != sum(each.size for each in chosen):
+            raise ValueError("wrong length of register data")
+        values, at = Snapshot(vcpu), 0
+        for each in chosen:
+            value = int.from_bytes(data[at : at + each.size], "little")
+            if value != each.get(values) & (1 << each.bits) - 1:  # segment registers: an equal one is no reload
+                each.put(values, value)
+            at += each.size
+        values.store()
+
+
+# -- one function for each kind of register --------------------------------------------------------------------
+
+
+def _general(name: str, bits: int, field: str, kind: str) -> Register:
+    def put(values: Snapshot, value: int) -> None:
+        setattr(values.part("regs", change=True), field, value)
+
+    return Register(name, bits, kind, lambda values: int(getattr(values.part("regs"), field)), put)
+
+
+def _pc(bits: int) -> Register:
+    """The linear address of the next instruction: gdb knows no segments."""
+
+    def get(values: Snapshot) -> int:
+        cs = values.part("sregs").cs
+        linear: int = (0 if cs.l else cs.base) + values.part("regs").rip
+        return linear
+
+    def put(values: Snapshot, value: int) -> None:
+        cs = values.part("sregs").cs
+        base = 0 if cs.l else cs.base
+        values.part("regs", change=True).rip = (value - base) & ((1 << bits) - 1)
+
+    return Register("rip" if bits == 64 else "eip", bits, "code_ptr", get, put)
+
+
+def _selector(name: str) -> Register:
+    def put(values: Snapshot, value: int) -> None:
+        sregs = values.part("sregs", change=True)
+        if sregs.cr0 & 1 and not values.part("regs").rflags & 1 << 17:
+            raise UsageError("a selector cannot be loaded in protected mode: no descriptor is read")
+        segment = getattr(sregs, name)
+        segment.selector, segment.base = value & 0xFFFF, (value & 0xFFFF) << 4
+
+    return Register(name, 32, "int32", lambda values: int(getattr(values.part("sregs"), name).selector), put)
+
+
+def _st(index: int) -> Register:
+    def get(values: Snapshot) -> int:
+        return int.from_bytes(bytes(values.part("fpu").fpr[index])[:10], "little")
+
+    def put(values: Snapshot, value: int) -> None:
+        ffi.memmove(values.part("fpu", change=True).fpr[index], value.to_bytes(10, "little"), 10)
+
+    return Register(f"st{index}", 80, "i387_ext", get, put)
+
+
+_X87_FIELDS = {"fctrl": "fcw", "fstat": "fsw", "ftag": "ftwx", "fop": "last_opcode"}
+
+
+def _x87(name: str) -> Register:
+    def get(values: Snapshot) -> int:
+        fpu = values.part("fpu")
+        if name == "ftag":
+            return full_tags(fpu.ftwx)
+        if name in _X87_FIELDS:
+            return int(getattr(fpu, _X87_FIELDS[name]))
+        pointer: int = fpu.last_ip if name in ("fiseg", "fioff") else fpu.last_dp
+        return pointer >> 32 if name.endswith("seg") else pointer
+
+    def put(values: Snapshot, value: int) -> None:
+        fpu = values.part("fpu", change=True)
+        if name == "ftag":
+            fpu.ftwx = sum((value >> 2 * index & 3 != 3) << index for index in range(8))
+        elif name in _X87_FIELDS:
+            setattr(fpu, _X87_FIELDS[name], value & 0xFFFF)
+        else:
+            field = "last_ip" if name in ("fiseg", "fioff") else "last_dp"
+            old = getattr(fpu, field)
+            high = name.endswith("seg")
+            setattr(fpu, field, old & 0xFFFF_FFFF | value << 32 if high else old & ~0xFFFF_FFFF | value)
+
+    return Register(name, 32, "int", get, put, "float")
+
+
+def full_tags(abridged: int) -> int:
+    """The x87 tag word of FXSAVE's one-bit form: 00 in use, 11 empty (SDM vol. 1 10.5.1.1)."""
+    return sum((0 if abridged >> index & 1 else 3) << 2 * index for index in range(8))
+
+
+def _xmm(index: int) -> Register:
+    def get(values: Snapshot) -> int:
+        return int.from_bytes(bytes(values.part("fpu").xmm[index]), "little")
+
+    def put(values: Snapshot, value: int) -> None:
+        ffi.memmove(values.part("fpu", change=True).xmm[index], value.to_bytes(16, "little"), 16)
+
+    return Register(f"xmm{index}", 128, "vec128", get, put)
+
+
+def _ymm_high(index: int) -> Register:
+    start = AVX_OFFSET + 16 * index
+
+    def get(values: Snapshot) -> int:
+        area = ffi.buffer(values.part("xsave"))
+        in_use = area[XSTATE_BV : XSTATE_BV + 1][0] & XSTATE_AVX
+        return int.from_bytes(area[start : start + 16], "little") if in_use else 0
+
+    def put(values: Snapshot, value: int) -> None:
+        area = ffi.buffer(values.part("xsave", change=True))
+        if not area[XSTATE_BV : XSTATE_BV + 1][0] & XSTATE_AVX:
+            area[AVX_OFFSET : AVX_OFFSET + 256] = bytes(256)
+            area[XSTATE_BV : XSTATE_BV + 1] = bytes([area[XSTATE_BV : XSTATE_BV + 1][0] | XSTATE_AVX])
+        area[start : start + 16] = value.to_bytes(16, "little")
+
+    return Register(f"ymm{index}h", 128, "uint128", get, put)
+
+
+def _mxcsr() -> Register:
+    def put(values: Snapshot, value: int) -> None:
+        values.part("fpu", change=True).mxcsr = value
+
+    return Register("mxcsr", 32, "i386_mxcsr", lambda values: int(values.part("fpu").mxcsr), put, "vector")
+
+
+def _segment_base(name: str) -> Register:
+    def put(values: Snapshot, value: int) -> None:
+        getattr(values.part("sregs", change=True), name).base = value
+
+    return Register(f"{name}_base", 64, "int", lambda values: int(getattr(values.part("sregs"), name).base), put)
+
+
+def _control(name: str) -> Register:
+    kind = f"pykvm_{name}" if name in ("cr0", "cr4", "efer") else "int64"
+
+    def put(values: Snapshot, value: int) -> None:
+        setattr(values.part("sregs", change=True), name, value)
+
+    return Register(name, 64, kind, lambda values: int(getattr(values.part("sregs"), name)), put, "system")
+
+
+def _table(name: str, field: str) -> Register:
+    bits = 64 if field == "base" else 32
+
+    def get(values: Snapshot) -> int:
+        return int(getattr(getattr(values.part("sregs"), name), field))
+
+    def put(values: Snapshot, value: int) -> None:
+        table = getattr(values.part("sregs", change=True), name)
+        setattr(table, field, value & 0xFFFF if field == "limit" else value)
+
+    return Register(f"{name}_{field}", bits, f"int{bits}", get, put, "system")
+
+
+def _kernel_gs_base() -> Register:
+    def get(values: Snapshot) -> int:
+        return values.fd.get_msrs([MSR_KERNEL_GS_BASE]).get(MSR_KERNEL_GS_BASE, 0)
+
+    def put(values: Snapshot, value: int) -> None:
+        if values.fd.set_msrs({MSR_KERNEL_GS_BASE: value}):
+            raise UsageError("KVM refuses this base")
+
+    return Register("k_gs_base", 64, "int64", get, put, "system")
+
+
+def _core(bits: int) -> list[Register]:
+    if bits == 64:
+        general = [_general(name, 64, name, "data_ptr" if name in ("rbp", "rsp") else "int64") for name in _GPR64]
+    else:
+        general = [
+            _general(f"e{name[1:]}", 32, name, "data_ptr" if name in ("rbp", "rsp") else "int32") for name in _GPR32
+        ]
+    return [
+        *general,
+        _pc(64 if bits == 64 else 32),
+        _general("eflags", 32, "rflags", "i386_eflags"),
+        *(_selector(name) for name in _SEGMENTS),
+        *(_st(index) for index in range(8)),
+        *(_x87(name) for name in _X87),
+    ]
+
+
+def _sse(bits: int) -> list[Register]:
+    return [*(_xmm(index) for index in range(16 if bits == 64 else 8)), _mxcsr()]
+
+
+def _system(bits: int) -> list[Register]:
+    registers = [_control(name) for name in _CONTROL]
+    registers += [_table(name, field) for name in ("gdt", "idt") for field in ("base", "limit")]
+    if bits == 64:
+        registers.append(_kernel_gs_base())
+    else:
+        registers.append(_general("ip", 32, "rip", "int32"))  # without the base of CS, which eip includes
+        registers[-1].group = "system"
+    return registers
