@@ -84,6 +84,9 @@ OPTIONS = (
     Option("--hugepages", "", "back RAM with transparent huge pages"),
     Option("--serial", "WHERE", "COM1, and repeated COM2 to COM4: stdio, file:PATH, pty or none", many=True),
     Option("--debug-exit", "", "isa-debug-exit at port 0xf4: the guest's write ends the run with its code"),
+    Option("--gdb", "WHERE", "serve gdb at [HOST:]PORT (port 0: a free one) or unix:PATH"),
+    Option("--gdb-wait", "", "run no instruction before a gdb has come and gone on"),
+    Option("--gdb-arch", "BITS", "tell gdb of a CPU of 16, 32 or 64 bits (default: by the guest's mode then)"),
     Option("--testdev", "", "the PC test device of kernel test suites"),
     Option(
         "--disk",
@@ -170,6 +173,8 @@ def run(argv: list[str]) -> int:
         print(wanted)
         return 0
     log.configure(values["log_level"], json=values["log_json"])
+    if values["gdb"] is None and (values["gdb_wait"] or values["gdb_arch"]):
+        raise UsageError("--gdb-wait and --gdb-arch need --gdb WHERE")
     boot, config = _configs(values, rest)
     serial = _serial_plan(values["serial"], capture=values["json"], taken=_console_on_stdio(values))
     from pykvm.board import Pc
@@ -253,6 +258,9 @@ def _session(pc: Pc, plan: list[str], values: dict[str, Any], signals: _Signals)
             from pykvm.cli.consoleport import open_consoles
 
             open_consoles(pc, ports, capture=values["json"])
+        if values["gdb"] is not None:
+            server = pc.gdb_server(values["gdb"], wait=bool(values["gdb_wait"]), arch=values["gdb_arch"] or "auto")
+            say(f"gdb: target remote {server.address}")
         if "stdio" in plan or _console_on_stdio(values):
             raw.enter()
         pc.start()

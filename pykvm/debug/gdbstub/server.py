@@ -90,6 +90,8 @@ class GdbServer:
             raise ConfigError("gdb", "unix: needs a path")
         if is_stale(path):
             os.unlink(path)
+        elif os.path.lexists(path):
+            raise ConfigError("gdb", f"{path} exists already: remove it, or take another path")
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             mask = os.umask(0o177)  # whoever may connect can do anything to the guest
@@ -136,21 +138,23 @@ class GdbServer:
         if self._client is not None:
             reading = select.POLLIN if len(self._unread) < MAX_UNREAD else 0
             poll.register(self._client, reading | (select.POLLOUT if self._unread else 0))
-        for fd, events in poll.poll():
-            if fd == self._wake_fd:
-                os.eventfd_read(fd)
-                if self._session is not None and not self._closing:
-                    self._guarded(self._session.woken)
-            elif fd == self._listener.fileno():
-                self._accept()
-            elif self._client is not None and fd == self._client.fileno():
-                self._serve(events)
+        ready = dict(poll.poll())
+        if self._wake_fd in ready:
+            os.eventfd_read(self._wake_fd)
+            if self._session is not None and not self._closing:
+                self._guarded(self._session.woken)
+        if self._client is not None and self._client.fileno() in ready:
+            self._serve(ready[self._client.fileno()])
+        if self._listener.fileno() in ready:
+            self._accept()
 
     def _accept(self) -> None:
         try:
             client, _ = self._listener.accept()
         except OSError:
             return  # gone before we came to it, or too many files: a later one may be luckier
+        if self._session is not None:
+            self._serve(select.POLLIN)  # its end may have come meanwhile
         if self._session is not None:
             log.warning("a second gdb was turned away")
             client.close()

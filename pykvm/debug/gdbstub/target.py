@@ -9,7 +9,6 @@ features/i386. Formats: FXSAVE, Intel SDM vol. 1 10.5; XSAVE, vol. 1 13.4.
 
 from __future__ import annotations
 
-from pykvm._native import ffi
 from pykvm.errors import UsageError
 
 TYPE_CHECKING = False
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
     from pykvm.core.vcpu import Vcpu
 
 XSTATE_BV = 512  # in the XSAVE header
-XSTATE_AVX = 1 << 2
+XSTATE_X87, XSTATE_SSE, XSTATE_AVX = 1 << 0, 1 << 1, 1 << 2
+FTW = 4
 AVX_OFFSET = 576  # of the upper halves in the standard format (CPUID leaf 0xD, subleaf 2, EBX)
 MSR_KERNEL_GS_BASE = 0xC0000102
 
@@ -30,38 +30,47 @@ _GPR64 = (
 )  # fmt: skip
 _GPR32 = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi")
 _SEGMENTS = ("cs", "ss", "ds", "es", "fs", "gs")
-_X87 = ("fctrl", "fstat", "ftag", "fiseg", "fioff", "foseg", "fooff", "fop")
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer")
 
 
 class Snapshot:
-    """All registers of one vCPU as KVM's structures, read when first needed. `store` writes back what was changed."""
+    """All registers of one vCPU, read when first needed. `store` writes back what was changed."""
 
     def __init__(self, vcpu: Vcpu) -> None:
-        self.vcpu = vcpu
         self.fd = vcpu.fd
         self._parts: dict[str, CData] = {}
         self._changed: set[str] = set()
+        self._xsave: bytearray | None = None
 
     def part(self, name: str, *, change: bool = False) -> CData:
-        """regs, sregs, fpu; or xsave, as an array of bytes."""
+        """KVM's structure: regs or sregs."""
         if name not in self._parts:
-            read = self.fd.get_xsave if name == "xsave" else getattr(self.fd, f"get_{name}")
-            value = read()
-            self._parts[name] = ffi.new("uint8_t[]", value) if name == "xsave" else value
+            self._parts[name] = self.fd.get_regs() if name == "regs" else self.fd.get_sregs()
         if change:
             self._changed.add(name)
         return self._parts[name]
 
+    @property
+    def xsave(self) -> bytearray:
+        """x87, SSE and AVX. (KVM_GET_FPU would do for most, but leaves out MXCSR.)"""
+        if self._xsave is None:
+            self._xsave = bytearray(self.fd.get_xsave())
+        return self._xsave
+
+    def use(self, component: int) -> None:
+        """A component of the XSAVE area was changed: it is no longer in its initial state."""
+        value = int.from_bytes(self.xsave[XSTATE_BV : XSTATE_BV + 8], "little") | component
+        self.xsave[XSTATE_BV : XSTATE_BV + 8] = value.to_bytes(8, "little")
+        self._changed.add("xsave")
+
     def store(self) -> None:
         """Write back, as few ioctls as can be. Raises KvmError when KVM refuses a value."""
-        for name in ("sregs", "regs", "xsave", "fpu"):
-            if name in self._changed:
-                value = self._parts[name]
-                if name == "xsave":
-                    self.fd.set_xsave(bytes(ffi.buffer(value))[: len(value)])
-                else:
-                    getattr(self.fd, f"set_{name}")(value)
+        if "sregs" in self._changed:
+            self.fd.set_sregs(self._parts["sregs"])
+        if "regs" in self._changed:
+            self.fd.set_regs(self._parts["regs"])
+        if "xsave" in self._changed:
+            self.fd.set_xsave(bytes(self.xsave))
         self._changed.clear()
 
 
@@ -107,7 +116,7 @@ class Layout:
         if bits == 64:
             features.append(("org.gnu.gdb.i386.segments", [_segment_base("fs"), _segment_base("gs")]))
         if avx:
-            features.append(("org.gnu.gdb.i386.avx", [_ymm_high(index) for index in range(16 if bits == 64 else 8)]))
+            features.append(("org.gnu.gdb.i386.avx", _avx(bits)))
         features.append(("org.pykvm.gdb.system", _system(bits)))
         self.features = features
         self.registers = [register for _, registers in features for register in registers]
@@ -184,82 +193,42 @@ def _selector(name: str) -> Register:
     return Register(name, 32, "int32", lambda values: int(getattr(values.part("sregs"), name).selector), put)
 
 
-def _st(index: int) -> Register:
+def _area(name: str, kind: str, offset: int, size: int, component: int, *, bits: int = 0, group: str = "") -> Register:
+    """`size` bytes at `offset` of the XSAVE area, which gdb sees as `bits`."""
+
     def get(values: Snapshot) -> int:
-        return int.from_bytes(bytes(values.part("fpu").fpr[index])[:10], "little")
+        return int.from_bytes(values.xsave[offset : offset + size], "little")
 
     def put(values: Snapshot, value: int) -> None:
-        ffi.memmove(values.part("fpu", change=True).fpr[index], value.to_bytes(10, "little"), 10)
+        values.xsave[offset : offset + size] = (value & (1 << size * 8) - 1).to_bytes(size, "little")
+        values.use(component)
 
-    return Register(f"st{index}", 80, "i387_ext", get, put)
-
-
-_X87_FIELDS = {"fctrl": "fcw", "fstat": "fsw", "ftag": "ftwx", "fop": "last_opcode"}
+    return Register(name, bits or size * 8, kind, get, put, group)
 
 
-def _x87(name: str) -> Register:
-    def get(values: Snapshot) -> int:
-        fpu = values.part("fpu")
-        if name == "ftag":
-            return full_tags(fpu.ftwx)
-        if name in _X87_FIELDS:
-            return int(getattr(fpu, _X87_FIELDS[name]))
-        pointer: int = fpu.last_ip if name in ("fiseg", "fioff") else fpu.last_dp
-        return pointer >> 32 if name.endswith("seg") else pointer
-
-    def put(values: Snapshot, value: int) -> None:
-        fpu = values.part("fpu", change=True)
-        if name == "ftag":
-            fpu.ftwx = sum((value >> 2 * index & 3 != 3) << index for index in range(8))
-        elif name in _X87_FIELDS:
-            setattr(fpu, _X87_FIELDS[name], value & 0xFFFF)
-        else:
-            field = "last_ip" if name in ("fiseg", "fioff") else "last_dp"
-            old = getattr(fpu, field)
-            high = name.endswith("seg")
-            setattr(fpu, field, old & 0xFFFF_FFFF | value << 32 if high else old & ~0xFFFF_FFFF | value)
-
-    return Register(name, 32, "int", get, put, "float")
-
-
-def full_tags(abridged: int) -> int:
+def _ftag() -> Register:
     """The x87 tag word of FXSAVE's one-bit form: 00 in use, 11 empty (SDM vol. 1 10.5.1.1)."""
-    return sum((0 if abridged >> index & 1 else 3) << 2 * index for index in range(8))
-
-
-def _xmm(index: int) -> Register:
-    def get(values: Snapshot) -> int:
-        return int.from_bytes(bytes(values.part("fpu").xmm[index]), "little")
-
-    def put(values: Snapshot, value: int) -> None:
-        ffi.memmove(values.part("fpu", change=True).xmm[index], value.to_bytes(16, "little"), 16)
-
-    return Register(f"xmm{index}", 128, "vec128", get, put)
-
-
-def _ymm_high(index: int) -> Register:
-    start = AVX_OFFSET + 16 * index
 
     def get(values: Snapshot) -> int:
-        area = ffi.buffer(values.part("xsave"))
-        in_use = area[XSTATE_BV : XSTATE_BV + 1][0] & XSTATE_AVX
-        return int.from_bytes(area[start : start + 16], "little") if in_use else 0
+        in_use = values.xsave[FTW]
+        return sum((0 if in_use >> index & 1 else 3) << 2 * index for index in range(8))
 
     def put(values: Snapshot, value: int) -> None:
-        area = ffi.buffer(values.part("xsave", change=True))
-        if not area[XSTATE_BV : XSTATE_BV + 1][0] & XSTATE_AVX:
-            area[AVX_OFFSET : AVX_OFFSET + 256] = bytes(256)
-            area[XSTATE_BV : XSTATE_BV + 1] = bytes([area[XSTATE_BV : XSTATE_BV + 1][0] | XSTATE_AVX])
-        area[start : start + 16] = value.to_bytes(16, "little")
+        values.xsave[FTW] = sum((value >> 2 * index & 3 != 3) << index for index in range(8))
+        values.use(XSTATE_X87)
 
-    return Register(f"ymm{index}h", 128, "uint128", get, put)
+    return Register("ftag", 32, "int", get, put, "float")
 
 
-def _mxcsr() -> Register:
-    def put(values: Snapshot, value: int) -> None:
-        values.part("fpu", change=True).mxcsr = value
+def _x87() -> list[Register]:
+    def field(name: str, offset: int, size: int) -> Register:
+        return _area(name, "int", offset, size, XSTATE_X87, bits=32, group="float")
 
-    return Register("mxcsr", 32, "i386_mxcsr", lambda values: int(values.part("fpu").mxcsr), put, "vector")
+    stack = [_area(f"st{index}", "i387_ext", 32 + 16 * index, 10, XSTATE_X87) for index in range(8)]
+    return [
+        *stack, field("fctrl", 0, 2), field("fstat", 2, 2), _ftag(), field("fiseg", 12, 2), field("fioff", 8, 4),
+        field("foseg", 20, 2), field("fooff", 16, 4), field("fop", 6, 2),
+    ]  # fmt: skip
 
 
 def _segment_base(name: str) -> Register:
@@ -314,13 +283,19 @@ def _core(bits: int) -> list[Register]:
         _pc(64 if bits == 64 else 32),
         _general("eflags", 32, "rflags", "i386_eflags"),
         *(_selector(name) for name in _SEGMENTS),
-        *(_st(index) for index in range(8)),
-        *(_x87(name) for name in _X87),
+        *_x87(),
     ]
 
 
 def _sse(bits: int) -> list[Register]:
-    return [*(_xmm(index) for index in range(16 if bits == 64 else 8)), _mxcsr()]
+    count = 16 if bits == 64 else 8
+    vectors = [_area(f"xmm{index}", "vec128", 160 + 16 * index, 16, XSTATE_SSE) for index in range(count)]
+    return [*vectors, _area("mxcsr", "i386_mxcsr", 24, 4, XSTATE_SSE, group="vector")]
+
+
+def _avx(bits: int) -> list[Register]:
+    count = 16 if bits == 64 else 8
+    return [_area(f"ymm{index}h", "uint128", AVX_OFFSET + 16 * index, 16, XSTATE_AVX) for index in range(count)]
 
 
 def _system(bits: int) -> list[Register]:
