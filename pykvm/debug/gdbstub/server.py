@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pykvm.core.machine import Machine
 
 CHUNK = 65536
-MAX_UNREAD = 1 << 18  # bytes for a peer that does not read, before we stop to read from it
+MAX_UNREAD = 1 << 18  # bytes for a peer that does not read: with so many, nothing more is done for it
 LAST_WORDS_S = 0.2  # for the last reply to leave
 JOIN_S = 2.0
 
@@ -136,13 +136,15 @@ class GdbServer:
         poll.register(self._listener, select.POLLIN)
         poll.register(self._wake_fd, select.POLLIN)
         if self._client is not None:
-            reading = select.POLLIN if len(self._unread) < MAX_UNREAD else 0
+            reading = select.POLLIN if self._session is not None and not self._session.busy else 0
             poll.register(self._client, reading | (select.POLLOUT if self._unread else 0))
         ready = dict(poll.poll())
         if self._wake_fd in ready:
             os.eventfd_read(self._wake_fd)
             if self._session is not None and not self._closing:
                 self._guarded(self._session.woken)
+            if self._session is not None and self._session.finished:
+                self._drop(resume=False)
         if self._client is not None and self._client.fileno() in ready:
             self._serve(ready[self._client.fileno()])
         if self._listener.fileno() in ready:
@@ -175,20 +177,21 @@ class GdbServer:
     def _serve(self, events: int) -> None:
         client, session = self._client, self._session
         assert client is not None and session is not None
-        if events & select.POLLOUT:
+        if self._unread:
             self._flush()
-        if events & (select.POLLIN | select.POLLHUP | select.POLLERR):
+        if not session.busy and events & (select.POLLIN | select.POLLHUP | select.POLLERR):
             try:
                 data = client.recv(CHUNK)
             except BlockingIOError:
                 return
             except OSError:
                 data = b""
+            session.feed(data)
             if not data:
                 session.finished = True
                 log.warning("gdb went away", guest="goes on" if session.running else "stays stopped for the next gdb")
-            else:
-                self._guarded(lambda: session.feed(data))
+        while session.busy and not session.finished and len(self._unread) < MAX_UNREAD and not self._closing:
+            self._guarded(session.advance)
         if session.finished:
             self._drop(resume=False)
 
@@ -197,9 +200,8 @@ class GdbServer:
             step()
         except PykvmError as problem:  # the machine cannot be stopped or resumed: a device's code hangs, or it closes
             log.warning("gdb session ended", why=str(problem))
-            self._drop(resume=False)
-        if self._session is not None and self._session.finished:
-            self._drop(resume=False)
+            if self._session is not None:
+                self._session.finished = True
 
     def _drop(self, *, resume: bool) -> None:
         client, session = self._client, self._session

@@ -18,7 +18,7 @@ from pykvm.errors import DebugUnsupported, GuestAddressError, PykvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from pykvm.core.outcome import Outcome
     from pykvm.core.vcpu import Vcpu
@@ -42,7 +42,9 @@ class Session:
         self.current = self.machine.vcpus[0]  # what g, m and the like are about
         self.resumed: int | None = None  # the thread of Hc, for c and s; None: all
         self._send = send
+        self.busy = False
         self._framer = Framer()
+        self._items: Iterator[str | bytes] = iter(())
         self.acks = True
         self._notes: list[str] = []
         self._last = b""  # the last packet, should gdb ask for it again
@@ -51,19 +53,24 @@ class Session:
     # -- the wire -----------------------------------------------------------------------------------------------
 
     def feed(self, data: bytes) -> None:
-        """Bytes from gdb."""
-        for item in self._framer.feed(data):
-            if item is BREAK:
-                self._interrupt()
-            elif item is NAK:
-                self._send(self._last)
-            elif item is BAD:
-                if self.acks:
-                    self._send(b"-")
-            elif item is not ACK and isinstance(item, bytes):
-                self._packet(item)
-            if self.finished:
-                return
+        """Bytes from gdb, for `advance` to work on; not before it has done with those before."""
+        self._items = self._framer.feed(data)
+        self.busy = True
+
+    def advance(self) -> None:
+        """Do one thing of what has come; `busy` says whether there may be more."""
+        item = next(self._items, None)
+        if item is None:
+            self.busy = False
+        elif item is BREAK:
+            self._interrupt()
+        elif item is NAK:
+            self._send(self._last)
+        elif item is BAD:
+            if self.acks:
+                self._send(b"-")
+        elif item is not ACK and isinstance(item, bytes):
+            self._packet(item)
 
     def reply(self, payload: bytes) -> None:
         """Send a packet."""
