@@ -231,7 +231,10 @@ class Vcpu:
             if message is _RUN:
                 self._run_until_told()
             else:
-                self._obey(message)
+                try:
+                    self._obey(message)
+                except MachineStateError:
+                    pass  # it was about a KVM vCPU that a reset or close has taken away meanwhile
 
     def _obey(self, message: str | Callable[[], object]) -> bool:
         """Act on a message; whether it asks to stop running."""

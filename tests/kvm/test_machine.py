@@ -313,3 +313,15 @@ def test_many_exits_with_and_without_c_actions() -> None:
             assert vm.run(timeout=20) == Outcome.HALTED
             assert len(recorder.writes) == (0 if in_c else 1000)
             assert action is None or action.hits == 1000
+
+
+def test_a_late_message_does_not_end_the_thread() -> None:
+    """What was asked of a vCPU that a reset has replaced meanwhile is dropped; its thread runs on."""
+
+    def late() -> None:
+        raise MachineStateError("the file descriptor is closed")
+
+    with machine(HLT) as vm:
+        assert vm.run(timeout=5) == Outcome.HALTED
+        vm.vcpus[0].post(late)
+        assert vm.run(timeout=5) == Outcome.HALTED
