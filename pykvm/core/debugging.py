@@ -30,6 +30,10 @@ class Debugging:
     def symbols(self, symbols: Symbols) -> None:
         self._symbols = symbols
 
+    def share_symbols(self, other: Debugging) -> None:
+        """Use the symbols that `other`, which boots the same, has read already, if it has."""
+        self._symbols = other._symbols or self._symbols
+
     @property
     def debugger(self) -> Debugger:
         """What breakpoints, watchpoints and single steps share; made when first used."""

@@ -46,11 +46,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "pykvm.testing.talk",
         "pykvm.testing.until",
         "pykvm.testing.waiting",
+        "pykvm.testing.watchdog",
     ),
     "what exists": ("pykvm.boot", "pykvm.devices", "pykvm.virtio"),
     "the board": ("pykvm.board",),
     "verbs that front ends share": ("pykvm.control",),
-    "people and programs": ("pykvm.cli", "pykvm.__main__", "pykvm"),
+    "people and programs": ("pykvm.cli", "pykvm.testing", "pykvm.__main__", "pykvm"),
 }
 
 # Beside a bare interpreter's 11 ms each of these costs one to a hundred milliseconds.
