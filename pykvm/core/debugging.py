@@ -4,9 +4,14 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable
+
     from pykvm.core.outcome import Outcome
     from pykvm.core.vcpu import Vcpu
+    from pykvm.debug.backtrace import Frame
     from pykvm.debug.breakpoints import Breakpoint, Debugger, OnHit
+    from pykvm.debug.coverage import Coverage
     from pykvm.debug.gdbstub.server import GdbServer
     from pykvm.debug.symbols import Symbols
 
@@ -78,6 +83,34 @@ class Debugging:
         four hardware slots. Otherwise as `breakpoint`.
         """
         return self.debugger.add_watchpoint(where, on_hit, length=length, write_only=write_only)
+
+    def coverage(
+        self,
+        elf: str | os.PathLike[str] | None = None,
+        *,
+        functions: Iterable[str] | None = None,
+        bits: int | None = None,
+    ) -> Coverage:
+        """Note from now on which basic blocks of the kernel's functions are executed, each at its first time.
+
+        `elf` has the functions, with types and sizes, and was loaded where it says (None: the kernel that is booted);
+        `functions` names some (None: all of them). `bits` is the width of the code (None: what the file is for).
+        Raises ImageError, SymbolError, ConfigError.
+        """
+        from pykvm.debug.coverage import Coverage
+        from pykvm.errors import ConfigError
+
+        if elf is None:
+            elf = getattr(getattr(self, "boot_config", None), "kernel", None)
+        if elf is None:
+            raise ConfigError("coverage", "name the ELF file that has the guest's functions")
+        return Coverage(self.debugger, elf, functions, bits)
+
+    def backtrace(self, vcpu: int = 0) -> list[Frame]:
+        """The stack of a paused vCPU by its frame pointers, innermost frame first, with symbols and source lines."""
+        from pykvm.debug.backtrace import backtrace
+
+        return backtrace(self, self.vcpus[vcpu])  # type: ignore[arg-type,attr-defined]
 
     def gdb_server(self, where: str = "127.0.0.1:0", *, wait: bool = False, arch: str = "auto") -> GdbServer:
         """Serve gdb at `where`: [HOST:]PORT (0: a free one) or unix:PATH. `address` of the result is for gdb.

@@ -127,7 +127,17 @@ class Debugger:
                 raise ConfigError("breakpoint", f"{address:#x} {found.reason if found else 'is not mapped'}")
             made.gpa = found.gpa
             self.traps.add(found.gpa, made)
-            self._sync()
+            self.sync()
+        return made
+
+    def plant(self, address: int, gpa: int, on_hit: OnHit) -> Breakpoint:
+        """A software breakpoint for one hit at a known place; many of them, then one `sync`.
+
+        Raises GuestAddressError, DebugUnsupported.
+        """
+        made = Breakpoint(self, address, "software", on_hit, once=True)
+        made.gpa = gpa
+        self.traps.add(gpa, made)
         return made
 
     def add_watchpoint(self, where: int | str, on_hit: OnHit | None, *, length: int, write_only: bool) -> Breakpoint:
@@ -149,7 +159,7 @@ class Debugger:
             raise DebugUnsupported("all four hardware breakpoints are in use: remove one")
         made.register = register
         self.slots[self.slots.index(None)] = made
-        self._sync()
+        self.sync()
 
     def remove(self, old: Breakpoint) -> None:
         """See Breakpoint.remove."""
@@ -159,9 +169,9 @@ class Debugger:
             self.traps.remove(old.gpa, old)
         elif old in self.slots:
             self.slots[self.slots.index(old)] = None
-            self._sync()
+            self.sync()
 
-    def _sync(self) -> None:
+    def sync(self) -> None:
         """Tell every vCPU's KVM side; from a vCPU's thread the others hear of it as soon as they look."""
         inside = any(vcpu.on_own_thread() for vcpu in self.machine.vcpus)
         for vcpu in self.machine.vcpus:

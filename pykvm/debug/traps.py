@@ -130,7 +130,12 @@ class Traps:
 
     def _overlaps(self, gpa: int, length: int) -> Iterator[tuple[Site, int, range]]:
         """(site, offset in [gpa, gpa + length), range of the trap's bytes that lie there)."""
-        for site in self._sites.values():
+        first = gpa - len(self._code) + 1
+        if length < len(self._sites):
+            near = [self._sites[at] for at in range(first, gpa + length) if at in self._sites]
+        else:
+            near = list(self._sites.values())
+        for site in near:
             start, stop = max(gpa, site.gpa), min(gpa + length, site.gpa + len(self._code))
             if start < stop:
                 yield site, start - gpa, range(start - site.gpa, stop - site.gpa)

@@ -49,6 +49,11 @@ def show_registers(session: Session, words: list[str]) -> str:
     return f"vCPU {vcpu.index}\n{rest.partition(chr(10))[2]}"
 
 
+def show_backtrace(session: Session, words: list[str]) -> str:
+    """the current thread's stack by frame pointers, with the symbols of the kernel that was booted"""
+    return "\n".join(map(repr, session.machine.backtrace(session.current.index)))
+
+
 def show_walk(session: Session, words: list[str]) -> str:
     """the page walk of a linear address, as the current thread's vCPU would do it"""
     if len(words) != 1:
@@ -95,6 +100,7 @@ COMMANDS: dict[str, Command] = {
     "help": show_help,
     "exits": show_exits,
     "regs": show_registers,
+    "backtrace": show_backtrace,
     "walk": show_walk,
     "support": show_support,
     "arch": set_arch,
