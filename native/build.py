@@ -30,6 +30,7 @@ SOURCES = (
     "blk.c",
     "net.c",
     "tap.c",
+    "snapmem.c",
 )
 LOCAL_HEADERS = (
     "runloop.h",
@@ -42,6 +43,7 @@ LOCAL_HEADERS = (
     "blk.h",
     "net.h",
     "tap.h",
+    "snapmem.h",
 )
 
 HEADERS = (

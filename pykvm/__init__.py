@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         MachineStateError,
         MissingCapability,
         PykvmError,
+        SnapshotError,
         SymbolError,
         UsageError,
     )
@@ -53,7 +54,7 @@ _HOMES = {
     "pykvm.errors": (
         "CallError", "ConfigError", "DeviceError", "ExpectError", "GuestAddressError", "GuestError", "HostError",
         "ImageError", "KvmError", "KvmUnavailable", "MachineStateError", "MissingCapability", "PykvmError",
-        "SymbolError", "UsageError",
+        "SnapshotError", "SymbolError", "UsageError",
     ),
     "pykvm.kvm.system": ("Kvm",),
     "pykvm.x86.segments": ("CpuState", "Segment"),
@@ -85,6 +86,7 @@ __all__ = [
     "Pc",
     "PykvmError",
     "Segment",
+    "SnapshotError",
     "SymbolError",
     "Symbols",
     "UsageError",

@@ -23,7 +23,7 @@ from pykvm.devices.ports import PostCode, SystemControlA, SystemControlB
 from pykvm.devices.pvpanic import PvPanic
 from pykvm.devices.rtc import Rtc
 from pykvm.devices.serial import LSR, LSR_IDLE, THR, Serial
-from pykvm.errors import ConfigError
+from pykvm.errors import ConfigError, SnapshotError
 from pykvm.x86 import layout
 from pykvm.x86.acpi import build_acpi, build_image
 from pykvm.x86.mptable import build_mptable
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pykvm.core.device import Device
+    from pykvm.core.memimage import SlotImage
     from pykvm.kvm.system import Kvm
     from pykvm.virtio.device import VirtioDevice
     from pykvm.virtio.mmio import VirtioMmio
@@ -73,7 +74,7 @@ class Pc(Machine):
     testdev       the PC test device that kernel test suites drive
     devices       virtio devices, each on a virtio-mmio transport of its own (see `virtio`)
     virtio_cmdline   announce them on the kernel's command line instead of by ACPI
-    config, options   as for Machine
+    config, options, image   as for Machine; with an image nothing is loaded
 
     Raises what Machine raises, and ImageError for a file that cannot be booted.
     """
@@ -89,9 +90,16 @@ class Pc(Machine):
         devices: Sequence[VirtioDevice] = (),
         virtio_cmdline: bool = False,
         kvm: Kvm | None = None,
+        image: Sequence[SlotImage] = (),
         **options: object,
     ) -> None:
-        super().__init__(config, kvm=kvm, **options)
+        super().__init__(config, kvm=kvm, image=image, **options)
+        self._options = {
+            "serial_ports": serial_ports,
+            "debug_exit": debug_exit,
+            "testdev": testdev,
+            "virtio_cmdline": virtio_cmdline,
+        }
         self.boot_config = BootConfig(boot) if isinstance(boot, str) else boot
         self.boot: Boot | None = None
         self.firmware_log = Console()  # what SeaBIOS and OVMF say on port 0x402
@@ -121,15 +129,24 @@ class Pc(Machine):
                 self._attach_testdev()
             for device in devices:
                 self._attach_virtio(device)
-            if self.boot_config is not None and self.boot_config.bios is not None:
+            if self.boot_config is not None and self.boot_config.bios is not None and not image:
                 self._offer_to_firmware(self.boot_config)
             self.on_reset.append(self._load)
-            self._load()
+            if not image:
+                self._load()
         except BaseException:
             self.close()
             for device in devices[len(self.virtio) :]:
                 device.close()
             raise
+
+    def similar(self, image: Sequence[SlotImage]) -> Pc:
+        """A new PC with the same devices over this memory, its vCPUs as after power-on (see `fork`)."""
+        if self.virtio:
+            raise SnapshotError(f"{self.virtio[0].name}: virtio devices cannot be forked yet")
+        twin = Pc(self.boot_config, self.config, image=image, **self._options)  # type: ignore[arg-type]
+        twin.boot = self.boot
+        return twin
 
     # -- devices ------------------------------------------------------------------------------------------------
 

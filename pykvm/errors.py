@@ -8,6 +8,7 @@
     │   └── MissingCapability  .names lists every capability that is missing
     ├── UsageError           the caller's input is wrong (CLI exit status 2)
     │   ├── ConfigError      a machine option: .option
+    │   ├── SnapshotError    a snapshot that is damaged, or of another machine or CPU; a machine that cannot be saved
     │   ├── ImageError       a kernel, initrd or firmware file: .path, .reason
     │   └── SymbolError      no symbol of this name: .name
     ├── GuestAddressError    an access outside guest memory: .gpa, .length
@@ -89,6 +90,10 @@ class ImageError(UsageError):
         self.path = os.fspath(path)
         self.reason = reason
         super().__init__(f"{self.path}: {reason}")
+
+
+class SnapshotError(UsageError):
+    """A snapshot cannot be taken, read or restored; the message says why. Nothing was changed."""
 
 
 class SymbolError(UsageError, KeyError):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pykvm.debug.coverage import Coverage
     from pykvm.debug.gdbstub.server import GdbServer
     from pykvm.debug.symbols import Symbols
+    from pykvm.debug.traps import Traps
 
 
 class Debugging:
@@ -21,6 +22,10 @@ class Debugging:
 
     _debugger: Debugger | None = None
     _symbols: Symbols | None = None
+
+    def planted_traps(self) -> Traps | None:
+        """The software breakpoints in guest memory, if there are any."""
+        return self._debugger.traps if self._debugger is not None else None
 
     @property
     def symbols(self) -> Symbols:

@@ -10,17 +10,23 @@ from the I/O thread, protects its own state with a lock, and calls nothing but i
 
 from __future__ import annotations
 
+from pykvm.core.state import STATELESS
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pykvm.core.outcome import Outcome
+    from pykvm.core.state import Shape, State
 
 
 class Device:
     """Base class with the behaviour of an empty bus; any object with these methods will do."""
 
     name = "device"
+    # What it saves, see core.state: a device with state of its own declares it. None: a tool, no part of the machine,
+    # that no snapshot knows of.
+    shape: Shape | None = STATELESS
 
     def read(self, offset: int, size: int) -> int:
         """The value of `size` bytes at `offset`."""
@@ -32,6 +38,15 @@ class Device:
 
     def reset(self) -> None:
         """Return to the power-on state (machine reset)."""
+
+    def save(self) -> State:
+        """Its state as plain data; the vCPUs are paused."""
+        return self.shape.take(self) if self.shape is not None else {}
+
+    def restore(self, state: State) -> None:
+        """Continue from what `save` gave, here or on another object; checked against `shape` already."""
+        if self.shape is not None:
+            self.shape.put(self, state)
 
     def close(self) -> None:
         """Release host resources (files, threads); called once, when the machine closes."""

@@ -32,6 +32,7 @@ from pykvm.core.iothread import IoThread
 from pykvm.core.irq import IrqController
 from pykvm.core.memory import GuestMemory
 from pykvm.core.outcome import Outcome
+from pykvm.core.snapshots import Snapshots
 from pykvm.core.vcpu import Vcpu
 from pykvm.core.vmsetup import create_vcpus, create_vm, map_slot
 from pykvm.errors import MachineStateError, MissingCapability
@@ -41,17 +42,20 @@ from pykvm.x86 import layout
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Self
+    from typing import Self, TypeVar
 
     from pykvm.core.device import Device, IrqLine
+    from pykvm.core.memimage import SlotImage
     from pykvm.core.memory import Slot
     from pykvm.kvm.vm import VmFd
     from pykvm.testing.talk import Talk
 
+    T = TypeVar("T")
+
 STOP_TIMEOUT_S = 5.0  # a vCPU leaves the guest in microseconds; longer means that a device's Python code hangs
 
 
-class Machine(Debugging, Driving):
+class Machine(Debugging, Driving, Snapshots):
     """A bare machine: RAM, vCPUs, an irqchip, no device. `pykvm.board` puts a PC together from it.
 
     >>> with Machine(memory="1M", irqchip="none") as vm:
@@ -60,10 +64,18 @@ class Machine(Debugging, Driving):
     ...     vm.run(timeout=1)
     <Outcome HALTED>
 
-    Takes a MachineConfig, or its options as keywords. Raises KvmUnavailable, KvmError, ConfigError.
+    Takes a MachineConfig, or its options as keywords; `image` is memory that a snapshot has.
+    Raises KvmUnavailable, KvmError, ConfigError.
     """
 
-    def __init__(self, config: MachineConfig | None = None, *, kvm: Kvm | None = None, **options: object) -> None:
+    def __init__(
+        self,
+        config: MachineConfig | None = None,
+        *,
+        kvm: Kvm | None = None,
+        image: Sequence[SlotImage] = (),
+        **options: object,
+    ) -> None:
         self.config = config or MachineConfig(**options)  # type: ignore[arg-type]
         self.bus = Bus()
         self.hooks = Hooks()
@@ -93,7 +105,11 @@ class Machine(Debugging, Driving):
         self._halt_watch = HaltWatch(self)
         self._runners: Sequence[Vcpu] | None = None  # None: all; else a debugger lets only these run
         try:
-            self._add_ram()
+            if image:
+                for each in image:
+                    self.memory.add_image(each)
+            else:
+                self._add_ram()
             self._connect()
         except BaseException:
             self.close()
@@ -117,6 +133,10 @@ class Machine(Debugging, Driving):
         create_vcpus(self._vm, self.kvm, self.config, self.vcpus)
         for hook in self.on_connect:
             hook(self._vm)
+
+    def similar(self, image: Sequence[SlotImage]) -> Machine:
+        """A new machine of the same description over this memory, its vCPUs as after power-on (see `fork`)."""
+        return Machine(self.config, image=image)
 
     def _disconnect(self) -> None:
         fds = [fd for vcpu in self.vcpus for fd in vcpu.disconnect()]
@@ -363,6 +383,22 @@ class Machine(Debugging, Driving):
         self.close()
 
     # -- inside -------------------------------------------------------------------------------------------------
+
+    def frozen(self, function: Callable[[], T]) -> T:
+        """function() while every vCPU stands between two instructions; then the run goes on as before."""
+        if any(vcpu.on_own_thread() for vcpu in self.vcpus):
+            raise MachineStateError("a device or hook runs inside of an instruction: do this from another thread")
+        with self._control:
+            self.freeze()
+            try:
+                return function()
+            finally:
+                self.thaw()
+
+    def forget_end(self) -> None:
+        """The machine is not where its last run ended any more."""
+        with self._changed:
+            self._outcome = self._error = None
 
     def try_control(self) -> bool:
         """Take `_control` if it is free (the halt check, which must not wait for a close() that waits for it)."""

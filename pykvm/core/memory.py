@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pykvm._native import CData
+    from pykvm.core.memimage import SlotImage
 
 PAGE_SIZE = 4096
 HUGE_PAGE_SIZE = 2 << 20
@@ -28,7 +29,7 @@ HUGE_PAGE_SIZE = 2 << 20
 class Slot:
     """One memslot: [gpa, gpa + size) of the guest backed by host memory at `hva`."""
 
-    __slots__ = ("dirty", "fd", "fd_offset", "gpa", "hva", "index", "map", "name", "readonly", "size", "view")
+    __slots__ = ("dirty", "fd", "fd_offset", "gpa", "hva", "image", "index", "map", "name", "readonly", "size", "view")
 
     def __init__(self, index: int, gpa: int, size: int, backing: mmap.mmap, name: str, readonly: bool, fd: int) -> None:
         self.index = index
@@ -39,6 +40,7 @@ class Slot:
         self.readonly = readonly
         self.fd = fd
         self.fd_offset = 0
+        self.image: SlotImage | None = None  # what is mapped here copy-on-write (core.memimage)
         self.view = memoryview(backing)
         self.dirty: CData = ffi.NULL  # uint64_t[], a bit for each page that devices in C wrote; see publish()
         self.hva = int(ffi.cast("uintptr_t", ffi.from_buffer(backing)))
@@ -47,6 +49,12 @@ class Slot:
     def end(self) -> int:
         """First GPA past the slot."""
         return self.gpa + self.size
+
+    def close_fd(self) -> None:
+        """Close the memfd of a slot whose memory is mapped anew."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def __repr__(self) -> str:
         ro = " ro" if self.readonly else ""
@@ -71,8 +79,11 @@ class GuestMemory:
 
     # -- making slots -------------------------------------------------------------------------------------------
 
-    def add(self, gpa: int, size: int, *, name: str = "ram", readonly: bool = False) -> Slot:
-        """Map `size` bytes of zeroed memory at `gpa`; both are page-aligned and overlap no other slot."""
+    def add(self, gpa: int, size: int, *, name: str = "ram", readonly: bool = False, frozen: bool = False) -> Slot:
+        """Map `size` bytes of zeroed memory at `gpa`; both are page-aligned and overlap no other slot.
+
+        `frozen`: an image will be installed over it (add_image), no memfd of its own is needed.
+        """
         if gpa % PAGE_SIZE or size % PAGE_SIZE or size <= 0:
             raise ConfigError("memory", f"slot {name} [{gpa:#x}, +{size:#x}) is not page-aligned")
         for other in self.slots:
@@ -81,7 +92,7 @@ class GuestMemory:
         fd = -1
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | lib.MAP_NORESERVE
         try:
-            if self.memfd:
+            if self.memfd and not frozen:
                 fd = os.memfd_create(f"pykvm-{name}", os.MFD_CLOEXEC | (os.MFD_HUGETLB if self.hugepages else 0))
                 os.ftruncate(fd, size)
                 flags = mmap.MAP_SHARED | lib.MAP_NORESERVE
@@ -97,6 +108,14 @@ class GuestMemory:
         self.slots.append(slot)
         self.slots.sort(key=lambda each: each.gpa)
         self.publish()
+        return slot
+
+    def add_image(self, image: SlotImage) -> Slot:
+        """A slot whose content is `image`, shared copy-on-write."""
+        from pykvm.core.memimage import install
+
+        slot = self.add(image.gpa, image.size, name=image.name, readonly=image.readonly, frozen=True)
+        install(slot, image)
         return slot
 
     def remove(self, slot: Slot) -> None:
@@ -283,6 +302,5 @@ def _release(slot: Slot) -> None:
         slot.map.close()
     except BufferError:
         pass  # a caller holds a view: the mapping goes with the last one
-    if slot.fd >= 0:
-        os.close(slot.fd)
-        slot.fd = -1
+    slot.close_fd()
+    slot.image = None

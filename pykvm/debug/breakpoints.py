@@ -63,6 +63,8 @@ class TrapPort(Device):
 
     name = "breakpoints"
 
+    shape = None  # no part of the guest's machine
+
     def __init__(self, debugger: Debugger) -> None:
         self._debugger = debugger
 

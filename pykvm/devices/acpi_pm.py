@@ -13,6 +13,7 @@ from time import monotonic_ns
 
 from pykvm.core.device import Device
 from pykvm.core.outcome import Outcome
+from pykvm.core.state import LINE, U16, U64, Shape
 from pykvm.x86.dsdt import S5_SLP_TYP
 from pykvm.x86.layout import ACPI_PM_LENGTH, GPE0, GPE0_LENGTH, PM1_CONTROL, PM1_EVENT, PM_TIMER
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pykvm.core.device import IrqLine
+    from pykvm.core.state import State
 
 # PM1 status and enable (4.8.3.1): the bits that this machine can set or that an OS may enable
 TMR_STS, GBL_STS, PWRBTN_STS, SLPBTN_STS, RTC_STS = 1 << 0, 1 << 5, 1 << 8, 1 << 9, 1 << 10
@@ -51,6 +53,9 @@ class AcpiPm(Device):
 
     name = "acpi_pm"
     length = ACPI_PM_LENGTH
+    shape = Shape(
+        1, elapsed_ns=U64, turns=U64, status=U16, enable=U16, control=U16, gpe_status=U16, gpe_enable=U16, sci=LINE
+    )
 
     def __init__(
         self,
@@ -145,6 +150,26 @@ class AcpiPm(Device):
         with self._lock:
             self._power_on()
             self._update_sci()
+
+    @property
+    def _elapsed_ns(self) -> int:
+        """What the timer has counted, in ns: it stands still between save and restore."""
+        return self._clock_ns() - self._origin_ns
+
+    @_elapsed_ns.setter
+    def _elapsed_ns(self, value: int) -> None:
+        self._origin_ns = self._clock_ns() - value
+
+    def save(self) -> State:
+        """The registers and the timer's count."""
+        with self._lock:
+            return self.shape.take(self)
+
+    def restore(self, state: State) -> None:
+        """Go on counting from there."""
+        with self._lock:
+            self.shape.put(self, state)
+            self._plan_carry()
 
     # -- inside --------------------------------------------------------------------------------------------
 

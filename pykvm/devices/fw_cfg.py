@@ -13,6 +13,7 @@ import struct
 from _thread import allocate_lock
 
 from pykvm.core.device import Device
+from pykvm.core.state import BOOL, U16, U64, Bytes, ListOf, Row, Shape, Text
 from pykvm.errors import ConfigError, GuestAddressError
 
 TYPE_CHECKING = False
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from pykvm.core.outcome import Outcome
+    from pykvm.core.state import State
 
     class Slot(Protocol):
         """What the device asks of a memory slot."""
@@ -82,6 +84,14 @@ class FwCfg(Device):
 
     name = "fw_cfg"
     length = 12
+    shape = Shape(
+        1,
+        selected=U16,
+        offset=U64,
+        dma_address=U64,
+        items=ListOf(Row(U16, BOOL, Bytes(0, MAX_ITEM), Bytes(0, MAX_ITEM)), 0, 1 << 14),  # key, writable, initial, now
+        files=ListOf(Row(Text(MAX_NAME), U16), 0, KEY_FILE_LAST),
+    )
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
@@ -89,6 +99,7 @@ class FwCfg(Device):
         self._items: dict[int, Item] = {}
         self._files: dict[str, int] = {}
         self._item = NO_ITEM
+        self._selected = KEY_SIGNATURE
         self._offset = 0
         self._dma_address = 0
         self.add_item(KEY_SIGNATURE, b"QEMU")
@@ -214,8 +225,32 @@ class FwCfg(Device):
             self._select(KEY_SIGNATURE)
 
     def _select(self, key: int) -> None:
-        self._item = self._items.get(key & ~KEY_WRITE_CHANNEL, NO_ITEM)
+        self._selected = key & ~KEY_WRITE_CHANNEL
+        self._item = self._items.get(self._selected, NO_ITEM)
         self._offset = 0
+
+    def save(self) -> State:
+        """The items too: a firmware's are made of files that may be others by the time of the restore."""
+        with self._lock:
+            return {
+                "selected": self._selected,
+                "offset": min(self._offset, MAX_ITEM),
+                "dma_address": self._dma_address,
+                "items": [[key, i.writable, i.initial, bytes(i.data)] for key, i in self._items.items()],
+                "files": [[name, key] for name, key in self._files.items()],
+            }
+
+    def restore(self, state: State) -> None:
+        """Continue with these items; who listens to writes of one still does."""
+        with self._lock:
+            listeners = {key: item.on_write for key, item in self._items.items()}
+            self._items.clear()
+            for key, writable, initial, data in state["items"]:
+                item = self._items[key] = Item(initial, writable, listeners.get(key))
+                item.data = bytearray(data) if writable else data
+            self._files = dict(state["files"])
+            self._select(state["selected"])
+            self._offset, self._dma_address = state["offset"], state["dma_address"]
 
     # -- DMA -----------------------------------------------------------------------------------------------
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 from _thread import allocate_lock
 
 from pykvm.core.outcome import Outcome
+from pykvm.core.state import LINE, U8, Bytes, Shape
 from pykvm.devices.bytewide import ByteDevice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pykvm.core.device import IrqLine
+    from pykvm.core.state import State
 
 # -- status register ----------------------------------------------------------------------------------------
 STATUS_OUTPUT_FULL, STATUS_SYSTEM_FLAG, STATUS_COMMAND = 0x01, 0x04, 0x08
@@ -53,6 +55,8 @@ class I8042:
     The A20 line is only remembered: KVM guests always see all of memory.
     """
 
+    shape = Shape(1, ram=Bytes(32), output=U8, status=U8, a20=U8, awaiting=U8, irq=LINE)
+
     def __init__(self, irq: IrqLine) -> None:
         self.data: ByteDevice = _DataPort(self)
         self.command: ByteDevice = _CommandPort(self)
@@ -73,6 +77,16 @@ class I8042:
         with self._lock:
             self._power_on()
             self._drive_irq()
+
+    def save(self) -> State:
+        """The controller's registers."""
+        with self._lock:
+            return self.shape.take(self)
+
+    def restore(self, state: State) -> None:
+        """Continue from them."""
+        with self._lock:
+            self.shape.put(self, state)
 
     # -- port 0x60 ------------------------------------------------------------------------------------------
 
@@ -171,6 +185,7 @@ class I8042:
 
 class _DataPort(ByteDevice):
     name = "i8042 data"
+    shape = I8042.shape  # this port saves for both
 
     def __init__(self, core: I8042) -> None:
         self._core = core
@@ -183,6 +198,12 @@ class _DataPort(ByteDevice):
 
     def reset(self) -> None:
         self._core.reset()
+
+    def save(self) -> State:
+        return self._core.save()
+
+    def restore(self, state: State) -> None:
+        self._core.restore(state)
 
 
 class _CommandPort(ByteDevice):

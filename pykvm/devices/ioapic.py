@@ -13,11 +13,14 @@ from __future__ import annotations
 from _thread import allocate_lock
 
 from pykvm.core.device import Device
+from pykvm.core.state import BOOL, U8, U32, U64, ListOf, Shape
 from pykvm.x86.layout import IOAPIC_PINS, LAPIC
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from pykvm.core.state import State
 
     Message = tuple[int, int]  # MSI address and data
     Routes = tuple[Message | None, ...]  # by pin
@@ -55,6 +58,13 @@ class IoApic(Device):
     """
 
     name = "ioapic"
+    shape = Shape(
+        1,
+        select=U8,
+        id=U32,
+        entries=ListOf(U64, IOAPIC_PINS, IOAPIC_PINS),
+        lines=ListOf(BOOL, IOAPIC_PINS, IOAPIC_PINS),
+    )
 
     def __init__(
         self,
@@ -82,6 +92,18 @@ class IoApic(Device):
         """Mask every pin. The levels of the lines are their devices' affair and stay."""
         with self._lock:
             self._power_on()
+            self._update_routes()
+
+    def save(self) -> State:
+        """Registers and the levels of the pins."""
+        with self._lock:
+            return self.shape.take(self)
+
+    def restore(self, state: State) -> None:
+        """Continue from them: what was sent already is in the local APICs, nothing is sent again."""
+        with self._lock:
+            self.shape.put(self, state)
+            self._routes = ()  # KVM may have those of another life
             self._update_routes()
 
     # -- the machine's side ---------------------------------------------------------------------------------

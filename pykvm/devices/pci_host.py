@@ -13,10 +13,13 @@ from _thread import allocate_lock
 
 from pykvm.core.device import Device
 from pykvm.core.outcome import Outcome
+from pykvm.core.state import U8, U32, Bytes, ListOf, Row, Shape
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from pykvm.core.state import State
 
 ADDRESS, RESET_CONTROL, DATA = 0, 1, 4
 
@@ -93,6 +96,9 @@ class PciHost(Device):
 
     name = "pci_host"
     length = 8
+    shape = Shape(
+        1, address=U32, reset_control=U8, functions=ListOf(Row(U8, Bytes(CONFIG_SIZE)), 0, 256)
+    )  # functions: (number, configuration space)
 
     def __init__(self, functions: Iterable[tuple[int, int, PciFunction]] | None = None) -> None:
         chosen = [(0, 0, i440fx())] if functions is None else functions
@@ -140,6 +146,20 @@ class PciHost(Device):
         rising = value & RST_CPU & ~self._reset_control
         self._reset_control = value & (RST_SYSTEM | RST_CPU)
         return Outcome.RESET if rising else None
+
+    def save(self) -> State:
+        """The two registers, and every function's configuration space."""
+        with self._lock:
+            spaces = [[number, bytes(each.config)] for number, each in self._functions.items()]
+            return {"address": self._address, "reset_control": self._reset_control, "functions": spaces}
+
+    def restore(self, state: State) -> None:
+        """Continue from them; a function that is not here is ignored."""
+        with self._lock:
+            self._address, self._reset_control = state["address"], state["reset_control"]
+            for number, config in state["functions"]:
+                if number in self._functions:
+                    self._functions[number].config[:] = config
 
     def reset(self) -> None:
         """Power-on state, of the functions too."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 
 from pykvm.core.outcome import Outcome
+from pykvm.core.state import S64, U8, ListOf, Shape
 from pykvm.devices.bytewide import ByteDevice
 
 TYPE_CHECKING = False
@@ -40,6 +41,7 @@ class SystemControlB(ByteDevice):
     """
 
     name = "system control B"
+    shape = Shape(1, control=U8, gate_age_ns=S64)
 
     def __init__(self, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self._clock_ns = clock_ns
@@ -49,6 +51,15 @@ class SystemControlB(ByteDevice):
         """Gate closed, speaker off."""
         self._control = 0
         self._gate_opened_ns = 0
+
+    @property
+    def _gate_age_ns(self) -> int:
+        """How long ago the gate opened."""
+        return self._clock_ns() - self._gate_opened_ns
+
+    @_gate_age_ns.setter
+    def _gate_age_ns(self, value: int) -> None:
+        self._gate_opened_ns = self._clock_ns() - value
 
     def read_byte(self, offset: int) -> int:
         """The control bits, with the two that time moves."""
@@ -74,31 +85,38 @@ class PostCode(ByteDevice):
     """Port 0x80: firmware's progress codes, kept for the crash report (and Linux's way to wait a moment)."""
 
     name = "POST code"
+    shape = Shape(1, codes=ListOf(U8, 0, POST_HISTORY))
 
     def __init__(self) -> None:
-        self.codes: list[int] = []  # the last ones written, oldest first
+        self._codes: list[int] = []
+
+    @property
+    def codes(self) -> list[int]:
+        """The last ones written, oldest first."""
+        return self._codes
 
     def read_byte(self, offset: int) -> int:
         """The last code: the port is a spare page register of the DMA controller, which reads back."""
-        codes = self.codes
+        codes = self._codes
         return codes[-1] if offset == 0 and codes else 0
 
     def write_byte(self, offset: int, value: int) -> None:
         """Note a code; a repetition of the last one is no progress and does not push out older ones."""
-        codes = self.codes
+        codes = self._codes
         if offset == 0 and codes[-1:] != [value]:
             codes.append(value)
             del codes[:-POST_HISTORY]
 
     def reset(self) -> None:
         """Forget the codes."""
-        self.codes.clear()
+        self._codes.clear()
 
 
 class SystemControlA(ByteDevice):
     """Port 0x92: fast A20 gate and fast INIT. A20 is only remembered: KVM guests always see all of memory."""
 
     name = "system control A"
+    shape = Shape(1, a20=U8)
 
     def __init__(self) -> None:
         self._a20 = A20_GATE

@@ -6,6 +6,7 @@ Source: QEMU's docs/specs/pvpanic.rst, ISA interface: one byte at port 0x505, AC
 from __future__ import annotations
 
 from pykvm.core.outcome import Outcome
+from pykvm.core.state import BOOL, Shape
 from pykvm.devices.bytewide import ByteDevice
 
 PANICKED = 0x01  # the host is to handle it: the run ends
@@ -18,9 +19,15 @@ class PvPanic(ByteDevice):
     """One byte-wide port. `crash_loaded` says that the guest has panicked and went on to its crash kernel."""
 
     name = "pvpanic"
+    shape = Shape(1, crash_loaded=BOOL)
 
     def __init__(self) -> None:
-        self.crash_loaded = False
+        self._crash_loaded = False
+
+    @property
+    def crash_loaded(self) -> bool:
+        """Whether the guest has said so."""
+        return self._crash_loaded
 
     def read_byte(self, offset: int) -> int:
         """The events that this device understands."""
@@ -33,10 +40,10 @@ class PvPanic(ByteDevice):
         if value & PANICKED:
             return Outcome("CRASH", detail="guest panicked (pvpanic)")
         if value & CRASH_LOADED:
-            self.crash_loaded = True
+            self._crash_loaded = True
             return None
         return Outcome.POWER_OFF if value & SHUTDOWN else None
 
     def reset(self) -> None:
         """Forget the crash."""
-        self.crash_loaded = False
+        self._crash_loaded = False

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from _thread import allocate_lock
 
+from pykvm.core.state import BOOL, LINE, S64, U8, Bytes, Shape
 from pykvm.devices.bytewide import ByteDevice
 
 TYPE_CHECKING = False
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from pykvm.core.device import IrqLine
+    from pykvm.core.state import State
 
     class Timer(Protocol):
         """A pending call, as threading.Timer is one."""
@@ -67,6 +69,9 @@ class Rtc(ByteDevice):
     """
 
     name = "rtc"
+    shape = Shape(
+        1, index=U8, nmi_masked=BOOL, flags=U8, cmos=Bytes(128), offset_ns=S64, seen_ns=S64, irq=LINE
+    )  # offset and seen: of the guest's clock
 
     def __init__(
         self,
@@ -97,7 +102,7 @@ class Rtc(ByteDevice):
         bytes that describe the machine: those are made anew, so that a guest cannot leave wrong ones behind."""
         with self._lock:
             self._index = 0
-            self.nmi_masked = False
+            self._nmi_masked = False
             self._flags = 0
             self._cmos[REG_B] &= ~(B_PIE | B_AIE | B_UIE | B_SQWE)
             for index, value in self._configuration.items():
@@ -108,6 +113,41 @@ class Rtc(ByteDevice):
         """Drop the pending timer."""
         with self._lock:
             self._timer = None
+            self._settle()
+
+    @property
+    def nmi_masked(self) -> bool:
+        """Bit 7 of the index port."""
+        return self._nmi_masked
+
+    @property
+    def _offset_ns(self) -> int:
+        return round(self._offset * 1e9)
+
+    @_offset_ns.setter
+    def _offset_ns(self, value: int) -> None:
+        self._offset = value / 1e9
+
+    @property
+    def _seen_ns(self) -> int:
+        return round(self._seen * 1e9)
+
+    @_seen_ns.setter
+    def _seen_ns(self, value: int) -> None:
+        self._seen = value / 1e9
+
+    def save(self) -> State:
+        """Memory, flags, and how far the guest's clock is from the host's."""
+        with self._lock:
+            self._refresh()
+            self._latch_events()
+            return self.shape.take(self)
+
+    def restore(self, state: State) -> None:
+        """Continue from them. The time goes on with the host's: an alarm that fell into the pause rings now."""
+        with self._lock:
+            self.shape.put(self, state)
+            self._latch_events()
             self._settle()
 
     # -- ports ----------------------------------------------------------------------------------------------
@@ -133,7 +173,7 @@ class Rtc(ByteDevice):
         with self._lock:
             if offset == 0:
                 self._index = value & 0x7F
-                self.nmi_masked = bool(value & 0x80)
+                self._nmi_masked = bool(value & 0x80)
             elif offset == 1:
                 self._write_cmos(self._index, value)
 

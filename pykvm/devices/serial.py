@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from _thread import allocate_lock
 
+from pykvm.core.state import BOOL, LINE, U8, U16, ListOf, Shape
 from pykvm.devices.bytewide import ByteDevice
 
 TYPE_CHECKING = False
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from pykvm.core.device import IrqLine
+    from pykvm.core.state import State
 
     class FastConsole(Protocol):
         """The C side's short cut. Both switches start off and work on every vCPU before they return."""
@@ -81,6 +83,15 @@ class Serial(ByteDevice):
     `fast` lets C handle the two hot registers as long as the guest cannot tell: THR while a write has no side
     effect, LSR while it reads LSR_IDLE.
     """
+
+    shape = Shape(
+        1,
+        **dict.fromkeys(("ier", "fcr", "lcr", "mcr", "scr", "trigger", "errors", "lines", "deltas", "polls"), U8),
+        **dict.fromkeys(("thre", "timeout", "listening", "starved"), BOOL),
+        divisor=U16,
+        rx=ListOf(U16, 0, FIFO_DEPTH),
+        irq=LINE,
+    )
 
     def __init__(
         self,
@@ -152,6 +163,21 @@ class Serial(ByteDevice):
             starved = self._starved
             self._power_on()
             self._starved = starved
+            self._settle()
+
+    def save(self) -> State:
+        """The registers and what waits in the receiver; what the guest has sent is delivered first."""
+        with self._lock:
+            if self._fast is not None:
+                self._drain(self._fast)
+            return self.shape.take(self)
+
+    def restore(self, state: State) -> None:
+        """Continue from them."""
+        with self._lock:
+            if self._fast is not None:
+                self._drain(self._fast)
+            self.shape.put(self, state)
             self._settle()
 
     # -- the guest's side -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Source: QEMU's hw/misc/pc-testdev.c and what the suite's tests of string I/O, in
 from __future__ import annotations
 
 from pykvm.core.device import Device
+from pykvm.core.state import Bytes, Shape
 from pykvm.devices.bytewide import ByteDevice
 from pykvm.x86.layout import IOAPIC_PINS, TESTDEV_MMIO_SIZE
 
@@ -43,6 +44,7 @@ class _Buffer(Device):
     def __init__(self, name: str, data: bytearray) -> None:
         self.name = name
         self._data = data
+        self.shape = Shape(1, data=Bytes(len(data)))
 
     def read(self, offset: int, size: int) -> int:
         return int.from_bytes(self._data[offset : offset + size], "little")

@@ -1,0 +1,243 @@
+"""Frozen guest memory, which machines share copy-on-write. Layer: core; loaded by the first snapshot.
+
+A SlotImage is the content of a slot at one moment: extents of files (memfds, a snapshot on disk) that nobody writes any
+more. `install` maps it over a slot's memory by MAP_PRIVATE, in place: host addresses, memslots and views stay valid,
+and from then on the machine's own pages are exactly those that it, its devices or the host wrote. The kernel knows them
+(/proc/self/pagemap), so nothing has to be logged while the guest runs, and that is what the two other verbs use:
+
+capture   memory -> image. A memfd that was shared becomes the image itself; otherwise the own pages are copied into a
+          memfd that lies over the image below, and the slot is mapped on the new image.
+revert    back to the installed image, by giving the own pages back.
+
+Source: mmap(2), Documentation/admin-guide/mm/pagemap.rst.
+"""
+
+from __future__ import annotations
+
+import os
+
+from pykvm._native import ffi, lib
+from pykvm.errors import SnapshotError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from pykvm.core.memory import GuestMemory, Slot
+
+    Range = tuple[int, int]  # [start, end), page-aligned bytes
+
+MERGE = 64 << 10  # own pages that are nearer than this become one extent, with what lies between them
+MAX_EXTENTS = 128  # of a slot: each is a mapping of every machine that uses the image
+COPY = 1 << 20  # bytes at a time
+
+
+class Backing:
+    """A file descriptor that is closed when no image refers to it any more."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class Extent:
+    """[start, end) of a slot is in `backing` from `offset` on."""
+
+    __slots__ = ("backing", "end", "offset", "start")
+
+    def __init__(self, start: int, end: int, backing: Backing, offset: int) -> None:
+        self.start = start
+        self.end = end
+        self.backing = backing
+        self.offset = offset
+
+
+class SlotImage:
+    """A slot's frozen content. What no extent holds is zero. Immutable."""
+
+    __slots__ = ("extents", "gpa", "index", "name", "readonly", "size")
+
+    def __init__(self, index: int, gpa: int, size: int, name: str, readonly: bool, extents: Iterable[Extent]) -> None:
+        self.index = index
+        self.gpa = gpa
+        self.size = size
+        self.name = name
+        self.readonly = readonly
+        self.extents = tuple(sorted(extents, key=lambda each: each.start))
+
+    def fits(self, slot: Slot) -> bool:
+        """Whether `slot` is the same place of guest memory."""
+        return (self.gpa, self.size, self.readonly) == (slot.gpa, slot.size, slot.readonly)
+
+    def read(self, start: int, length: int) -> bytes:
+        """Bytes of the image, by offset."""
+        data = bytearray(length)
+        for each in self.extents:
+            low, high = max(each.start, start), min(each.end, start + length)
+            if low < high:
+                piece = os.pread(each.backing.fd, high - low, each.offset + low - each.start)
+                data[low - start : low - start + len(piece)] = piece
+        return bytes(data)
+
+    def data_ranges(self) -> list[Range]:
+        """The parts of the slot that may be other than zero, ascending."""
+        found: list[Range] = []
+        for each in self.extents:
+            shift = each.start - each.offset
+            for start, end in file_data(each.backing.fd, each.offset, each.offset + each.end - each.start):
+                found.append((start + shift, end + shift))
+        return found
+
+
+def file_data(fd: int, start: int, end: int) -> list[Range]:
+    """The parts of [start, end) of a file that are no holes (lseek(2), SEEK_DATA)."""
+    found = []
+    at = start
+    while at < end:
+        try:
+            at = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError:  # ENXIO: nothing but a hole up to the end
+            break
+        if at >= end:
+            break
+        hole = min(os.lseek(fd, at, os.SEEK_HOLE), end)
+        found.append((at, hole))
+        at = hole
+    return found
+
+
+# -- the process's view of its own pages -------------------------------------------------------------------------------
+
+_pagemap: list[tuple[int, int]] = []  # (pid, fd): after os.fork the parent's would show the parent's pages
+_room = [1024]
+
+
+def own_ranges(start: int, end: int) -> tuple[object, int]:
+    """The pages of host addresses [start, end) that this process alone has: (struct pk_range[], count)."""
+    if not _pagemap or _pagemap[0][0] != os.getpid():
+        try:
+            _pagemap[:] = [(os.getpid(), os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))]
+        except OSError as error:
+            raise SnapshotError(f"snapshots need /proc/self/pagemap: {error.strerror}") from None
+    while True:
+        ranges = ffi.new("struct pk_range[]", _room[0])
+        count = lib.pk_private_ranges(_pagemap[0][1], start, end, ranges, _room[0])
+        if count >= 0:
+            return ranges, count
+        if count != -7:  # E2BIG
+            raise SnapshotError(f"/proc/self/pagemap: {os.strerror(-count)}")
+        _room[0] *= 8
+
+
+def _merged(ranges: object, count: int, base: int) -> list[Range]:
+    """Ranges of addresses as offsets from `base`, small gaps closed."""
+    merged: list[Range] = []
+    for i in range(count):
+        start, end = ranges[i].start - base, ranges[i].end - base  # type: ignore[index]
+        if merged and start - merged[-1][1] < MERGE:
+            merged[-1] = (merged[-1][0], end)
+        else:
+            merged.append((start, end))
+    return merged
+
+
+# -- the verbs ---------------------------------------------------------------------------------------------------------
+
+
+def install(slot: Slot, image: SlotImage, within: Iterable[Range] | None = None) -> None:
+    """Map `image` over the slot's memory; its own pages are dropped. `within` limits that to these parts."""
+    pieces = [(each, each.start, each.end) for each in image.extents]
+    if within is not None:
+        pieces = [
+            (each, max(each.start, start), min(each.end, end))
+            for start, end in within
+            for each in image.extents
+            if each.start < end and start < each.end
+        ]
+    for each, start, end in pieces:
+        address = ffi.cast("void *", slot.hva + start)
+        result = lib.pk_map_private(address, end - start, each.backing.fd, each.offset + start - each.start)
+        if result < 0:
+            raise SnapshotError(f"cannot map {end - start} bytes of {slot.name}: {os.strerror(-result)}")
+    slot.image = image
+
+
+def revert(slot: Slot) -> None:
+    """Give back the slot's own pages: it is as its installed image again."""
+    ranges, count = own_ranges(slot.hva, slot.hva + slot.size)
+    result = lib.pk_drop(ranges, count)
+    if result < 0:
+        raise SnapshotError(f"cannot reset {slot.name}: {os.strerror(-result)}")
+
+
+def capture(slot: Slot) -> SlotImage:
+    """Freeze the slot's content; nobody may write it meanwhile. The slot goes on as a copy-on-write user of it."""
+    if slot.fd >= 0:  # was shared: the file is the content
+        backing = Backing(slot.fd)
+        slot.fd = -1
+        image = _over(slot, [Extent(0, slot.size, backing, 0)])
+        install(slot, image)
+        return image
+    below: SlotImage | None = slot.image
+    ranges, count = own_ranges(slot.hva, slot.hva + slot.size)
+    if below is not None and not count:
+        return below
+    own = _merged(ranges, count, slot.hva)
+    extents = below.extents if below is not None else ()
+    flatten = below is None or len(extents) + 2 * len(own) > MAX_EXTENTS
+    backing = _new_memfd(slot)
+    for start, end in below.data_ranges() if flatten and below is not None else ():
+        _copy(slot, backing, start, end)  # what is own there is in the slot's memory already
+    for start, end in own:
+        _copy(slot, backing, start, end)
+    if flatten:
+        image = _over(slot, [Extent(0, slot.size, backing, 0)])
+        install(slot, image)
+    else:
+        image = _over(slot, [*_cut(extents, own), *(Extent(start, end, backing, start) for start, end in own)])
+        install(slot, image, own)
+    return image
+
+
+def _over(slot: Slot, extents: Iterable[Extent]) -> SlotImage:
+    return SlotImage(slot.index, slot.gpa, slot.size, slot.name, slot.readonly, extents)
+
+
+def _new_memfd(slot: Slot) -> Backing:
+    backing = Backing(os.memfd_create(f"pykvm-{slot.name}", os.MFD_CLOEXEC))
+    os.ftruncate(backing.fd, slot.size)
+    return backing
+
+
+def _copy(slot: Slot, backing: Backing, start: int, end: int) -> None:
+    for at in range(start, end, COPY):
+        with slot.view[at : min(at + COPY, end)] as piece:
+            done = 0
+            while done < len(piece):
+                done += os.pwrite(backing.fd, piece[done:], at + done)
+
+
+def _cut(extents: Iterable[Extent], holes: list[Range]) -> list[Extent]:
+    """The extents without what lies in `holes` (ascending)."""
+    left = []
+    for each in extents:
+        at = each.start
+        for start, end in holes:
+            if end <= at or start >= each.end:
+                continue
+            if start > at:
+                left.append(Extent(at, start, each.backing, each.offset + at - each.start))
+            at = max(at, end)
+        if at < each.end:
+            left.append(Extent(at, each.end, each.backing, each.offset + at - each.start))
+    return left
+
+
+def check_hugepages(memory: GuestMemory) -> None:
+    """Raise SnapshotError for memory that cannot be mapped anew page by page."""
+    if memory.memfd and memory.hugepages:
+        raise SnapshotError("memory of hugetlbfs pages cannot be frozen: leave out memfd or hugepages")

@@ -1,0 +1,1 @@
+"""Saving, copying and restoring machines."""

@@ -1,0 +1,131 @@
+"""Restoring a snapshot, into the same machine or a new one. Layer: live objects."""
+
+from __future__ import annotations
+
+from pykvm._native import lib
+from pykvm.core.memimage import install, revert
+from pykvm.errors import KvmError, SnapshotError
+from pykvm.snapshot.cpu import VCPU_SHAPE, VM_SHAPE, restore_clock, restore_vm
+from pykvm.snapshot.take import named_devices, take
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeVar
+
+    from pykvm.core.device import Device
+    from pykvm.core.machine import Machine
+    from pykvm.core.vcpu import Vcpu
+    from pykvm.snapshot.state import Snapshot
+
+    M = TypeVar("M", bound=Machine)
+
+MOST_SETTLES = 64  # an access in parts has fewer
+
+
+def restore(machine: Machine, snapshot: Snapshot) -> None:
+    """`Machine.restore`."""
+    devices = check(machine, snapshot)
+    machine.pause()
+    machine.frozen(lambda: _restore(machine, snapshot, devices))
+    machine.forget_end()
+
+
+def fork(machine: M, snapshot: Snapshot | None, attach: Callable[[M], object] | None) -> M:
+    """`Machine.fork`."""
+    if snapshot is None:
+        snapshot = take(machine)
+    child: M = machine.similar(snapshot.memory)  # type: ignore[assignment]
+    try:
+        _copy_hooks(machine, child)
+        if attach is not None:
+            attach(child)
+        put_state(child, snapshot, check(child, snapshot))
+    except BaseException:
+        child.close()
+        raise
+    return child
+
+
+def _copy_hooks(machine: Machine, child: Machine) -> None:
+    hooks = machine.hooks
+    if hooks.rdmsr is not None or hooks.wrmsr is not None:
+        child.on_msr(read=hooks.rdmsr, write=hooks.wrmsr)
+    if hooks.hypercall is not None:
+        child.on_hypercall(hooks.hypercall)
+    child._symbols = machine._symbols
+
+
+def check(machine: Machine, snapshot: Snapshot) -> list[tuple[Device, object]]:
+    """Each device with its checked state. Raises SnapshotError where the snapshot is of another machine."""
+    if len(machine.vcpus) != len(snapshot.vcpus):
+        raise SnapshotError(f"the snapshot has {len(snapshot.vcpus)} vCPUs, the machine {len(machine.vcpus)}")
+    slots = machine.memory.slots
+    if len(slots) != len(snapshot.memory) or not all(
+        image.fits(slot) for image, slot in zip(snapshot.memory, slots, strict=True)
+    ):
+        raise SnapshotError("the snapshot's memory slots are not those of the machine")
+    if not snapshot.checked:
+        for part in snapshot.vcpus:
+            VCPU_SHAPE.check("vcpu", part.version, part.state)
+        VM_SHAPE.check("vm", snapshot.vm.version, snapshot.vm.state)
+    return _check_devices(machine, snapshot)
+
+
+def _check_devices(machine: Machine, snapshot: Snapshot) -> list[tuple[Device, object]]:
+    devices = dict(named_devices(machine))
+    odd = devices.keys() ^ snapshot.devices.keys()
+    if odd:
+        name = min(odd)
+        where = "the machine, but not in the snapshot" if name in devices else "the snapshot, but not in the machine"
+        raise SnapshotError(f"{name} is in {where}: attach the same devices")
+    found: list[tuple[Device, object]] = []
+    for name, device in devices.items():
+        part = snapshot.devices[name]
+        if not snapshot.checked and device.shape is not None:
+            device.shape.check(name, part.version, part.state)
+        found.append((device, part.state))
+    return found
+
+
+def _restore(machine: Machine, snapshot: Snapshot, devices: list[tuple[Device, object]]) -> None:
+    for vcpu in machine.vcpus:
+        _discard_access(vcpu)
+    traps = machine.planted_traps()
+    if traps is not None:
+        traps.lift_all()
+    for image, slot in zip(snapshot.memory, machine.memory.slots, strict=True):
+        if slot.image is image:
+            revert(slot)
+        else:
+            slot.close_fd()
+            install(slot, image)
+    if traps is not None:
+        traps.plant_all()
+    put_state(machine, snapshot, devices)
+
+
+def _discard_access(vcpu: Vcpu) -> None:
+    """Let KVM forget an access that was never answered (a run that ended with it)."""
+    for _ in range(MOST_SETTLES):
+        if lib.pk_settle(vcpu.state) < 0:
+            break
+
+
+def put_state(machine: Machine, snapshot: Snapshot, devices: list[tuple[Device, object]]) -> None:
+    """Give vCPUs, VM and devices their state; memory is in place."""
+    restore_vm(machine, snapshot.vm.state)
+    for vcpu, calls in zip(machine.vcpus, snapshot.calls(), strict=True):
+        calls.apply(vcpu.fd)
+    restore_clock(machine, snapshot.vm.state)
+    for device, state in devices:
+        device.restore(state)  # type: ignore[arg-type]
+
+
+def forgive_pause(machine: Machine) -> None:
+    """Tell guests with kvmclock that they were stopped, so that their watchdogs forgive (KVM_KVMCLOCK_CTRL)."""
+    for vcpu in machine.vcpus:
+        try:
+            vcpu.fd.kvmclock_ctrl()
+        except KvmError:
+            return  # EINVAL: the guest has no kvmclock

@@ -1,0 +1,63 @@
+"""A snapshot: everything that a machine needs to go on. Layer: live objects."""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pykvm.core.memimage import SlotImage
+    from pykvm.core.state import State
+    from pykvm.snapshot.cpu import VcpuCalls
+
+
+class Part:
+    """The saved state of one component, and the version of its shape."""
+
+    __slots__ = ("state", "version")
+
+    def __init__(self, version: int, state: State) -> None:
+        self.version = version
+        self.state = state
+
+
+class Snapshot:
+    """A machine at one moment; immutable. Any number of machines may be forked from it or restored to it.
+
+    `id` is unique. Memory and file descriptors are released when neither a machine nor the caller refers to it.
+    """
+
+    def __init__(
+        self,
+        *,
+        vcpus: Sequence[Part],
+        vm: Part,
+        devices: dict[str, Part],
+        memory: Sequence[SlotImage],
+        identity: str | None = None,
+    ) -> None:
+        self.id = identity or os.urandom(16).hex()
+        self.vcpus = tuple(vcpus)
+        self.vm = vm
+        self.devices = devices
+        self.memory = tuple(memory)
+        self.checked = identity is None  # taken by this process: nobody made it up
+        self._calls: list[VcpuCalls] | None = None
+
+    def calls(self) -> list[VcpuCalls]:
+        """What restores each vCPU, prepared once."""
+        if self._calls is None:
+            from pykvm.snapshot.cpu import VcpuCalls
+
+            self._calls = [VcpuCalls(part.state) for part in self.vcpus]
+        return self._calls
+
+    @property
+    def size(self) -> int:
+        """Bytes of guest memory that it describes."""
+        return sum(image.size for image in self.memory)
+
+    def __repr__(self) -> str:
+        return f"<Snapshot {self.id[:8]} of {self.size >> 20} MiB, {len(self.vcpus)} vCPUs>"
