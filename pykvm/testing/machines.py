@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import contextmanager
 
 import pytest
 
-from pykvm.errors import GuestError, KvmUnavailable, MissingCapability, UsageError
+from pykvm.errors import GuestError, KvmUnavailable, MissingCapability, SnapshotError, UsageError
 from pykvm.kvm.system import Kvm
 from pykvm.testing.spec import MachineSpec, spec_of
 from pykvm.testing.watchdog import Watchdog
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn, Protocol
 
     from pykvm.board import Pc
+    from pykvm.snapshot.state import Snapshot
 
     class MachineFactory(Protocol):
         """What the fixture vm_factory is."""
@@ -62,12 +64,11 @@ def plain_errors() -> Iterator[None]:
 
 
 class Machines:
-    """The machines of the test `item`. `named` has them as they were made; failed sessions' parents too."""
+    """The machines of the test `item`. `named` has them as they were made."""
 
     def __init__(self, item: pytest.Item, kernel: str | None) -> None:
         self.item = item
         self.named: list[tuple[str, Pc]] = []
-        self.failed_boot: Pc | None = None
         self._kernel = kernel
         self._forked_from: Boot | None = None
 
@@ -90,7 +91,6 @@ class Machines:
         host_kvm(self.item.config)
         spec = self.spec()
         self._forked_from = boot = boots.get(spec)
-        self.failed_boot = boot.machine if boot.error is not None else None
         return self._take(boot.fork(), spec)
 
     def _take(self, machine: Pc, spec: MachineSpec) -> Pc:
@@ -98,6 +98,11 @@ class Machines:
         self.named.append(("vm" if not count else f"vm {count + 1}", machine))
         Watchdog(machine, spec.timeout)
         return machine
+
+    @property
+    def booted_as(self) -> Pc | None:
+        """The machine that the session booted, and that booted_vm is a fork of."""
+        return self._forked_from.machine if self._forked_from is not None else None
 
     def close(self) -> None:
         """Close them all, whatever they do; the first problem is raised at the end."""
@@ -119,33 +124,47 @@ class Boot:
     def __init__(self, machine: Pc, spec: MachineSpec) -> None:
         self.machine = machine
         self._spec = spec
+        self._snapshot: Snapshot | None = None
         self.error: GuestError | None = None
         try:
             machine.run_until(**spec.until(), timeout=spec.timeout)
         except GuestError as error:
             self.error = error
+            return
+        try:
+            self._snapshot = machine.snapshot()
+        except SnapshotError as problem:
+            _warn_of_boots(problem)
 
     def fork(self) -> Pc:
         """A new machine that goes on where the boot ended. Raises the boot's GuestError."""
         if self.error is not None:
             raise self.error.with_traceback(None)
-        machine = self._copy()
-        machine.share_symbols(self.machine)
-        return machine
+        if self._snapshot is not None:
+            try:
+                return self.machine.fork(self._snapshot)
+            except SnapshotError as problem:
+                self._snapshot = None
+                _warn_of_boots(problem)
+        return self._boot_again()
 
-    def _copy(self) -> Pc:
-        """Another machine in the same state, which as yet means: booted as far."""
+    def _boot_again(self) -> Pc:
         machine = self._spec.build(self.machine.kvm)
         try:
             machine.run_until(**self._spec.until(), timeout=self._spec.timeout)
         except BaseException:
             machine.close()
             raise
+        machine.share_symbols(self.machine)
         return machine
 
     def learn(self, fork: Pc) -> None:
         """Keep the symbols that a fork had to read: the next ones need not."""
         self.machine.share_symbols(fork)
+
+
+def _warn_of_boots(problem: SnapshotError) -> None:
+    warnings.warn(pytest.PytestWarning(f"booted_vm boots anew for every test: {problem}"), stacklevel=2)
 
 
 class Boots:
@@ -165,7 +184,7 @@ class Boots:
     def _boot(self, spec: MachineSpec) -> Boot:
         spec.until()  # a mistake in it costs no machine
         try:
-            machine = spec.build(host_kvm(self._config))
+            machine = spec.build(host_kvm(self._config), **({} if "hugepages" in spec.settings else {"memfd": True}))
         except MissingCapability as problem:
             give_up(self._config, str(problem))
         try:

@@ -19,18 +19,22 @@ if TYPE_CHECKING:
     from pykvm.testing.machines import Machines
 
 CONSOLE_LINES = 30
+BOOT_LINES = 5
 MAX_VCPUS = 8  # whose place is shown
+MAX_CALLERS = 8
 MAX_NAME = 120
 
 
 def tell(machines: Machines, report: pytest.TestReport) -> None:
     """Add a section for each machine, and save its artifacts if that is asked for."""
     named = list(machines.named)
-    if machines.failed_boot is not None:
-        named.append(("boot", machines.failed_boot))
+    if machines.booted_as is not None and not named:
+        named.append(("boot", machines.booted_as))
     option = machines.item.config.getoption("--pykvm-artifacts")
     for name, machine in named:
         text = describe(machine)
+        if machines.booted_as is not None and machine is not machines.booted_as:
+            text += "".join(f"\n{row}" for row in _console(machines.booted_as, BOOT_LINES, "before the fork"))
         if option:
             folder = machines.item.config.invocation_params.dir / option / folder_name(report.nodeid)
             text += f"\nartifacts: {save(machine, folder / name.replace(' ', '-'))}"
@@ -63,10 +67,11 @@ def describe(machine: Pc) -> str:
         outcome = machine.outcome
         lines = [f"outcome: {outcome}" if outcome is not None else f"the guest was {was}"]
         lines += [_place(machine, index) for index in range(min(len(machine.vcpus), MAX_VCPUS))]
+        lines[2:2] = _callers(machine)
         lines.append(_exits(machine))
         if outcome is not None and outcome.report is not None:
             lines += ["", outcome.report.text().rstrip()]
-        return "\n".join(lines + _console(machine))
+        return "\n".join(lines + _console(machine, CONSOLE_LINES, "console"))
     except Exception as problem:
         return f"the machine cannot be examined: {problem}"
 
@@ -79,6 +84,16 @@ def _place(machine: Pc, index: int) -> str:
     return f"vCPU {index}: rip {rip:#x}" + ("" if name == hex(rip) else f", {name}")
 
 
+def _callers(machine: Pc) -> list[str]:
+    """Who called what vCPU 0 is in, as far as frame pointers and symbols tell."""
+    callers: list[str] = []
+    for frame in machine.backtrace()[1 : MAX_CALLERS + 1]:
+        if frame.text.startswith("0x"):  # no symbol: the code has no frame pointers
+            break
+        callers.append(f"  called from {frame.text}")
+    return callers
+
+
 def _exits(machine: Pc) -> str:
     from pykvm.debug.stats import collect_stats
 
@@ -89,13 +104,13 @@ def _exits(machine: Pc) -> str:
     return "exits: " + (", ".join(f"{name} {count}" for name, count in counts) or "none")
 
 
-def _console(machine: Pc) -> list[str]:
+def _console(machine: Pc, most: int, what: str) -> list[str]:
     from pykvm.debug.report import printable_tail
 
-    rows = printable_tail(machine.console.data, CONSOLE_LINES)
+    rows = printable_tail(machine.console.data, most)
     if not rows:
-        return ["the guest printed nothing"]
-    return [f"console, last {len(rows)} lines:", *(f"  | {row}" for row in rows)]
+        return [f"{what}: the guest printed nothing"]
+    return [f"{what}, last {len(rows)} lines:", *(f"  | {row}" for row in rows)]
 
 
 # -- files -------------------------------------------------------------------------------------------------------

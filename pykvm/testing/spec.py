@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from inspect import signature
 from pathlib import Path
 
@@ -66,8 +67,11 @@ class MachineSpec:
         stamps = [(name, Path(self.settings[name]).stat().st_mtime_ns) for name in PATH_KEYS if name in self.settings]
         return repr(sorted((name, value) for name, value in self.settings.items() if name != "timeout")) + repr(stamps)
 
-    def build(self, kvm: Kvm) -> Pc:
-        """The machine, paused before its first instruction. Raises what Pc raises, ConfigError for unknown options."""
+    def build(self, kvm: Kvm, **defaults: Any) -> Pc:
+        """The machine, paused before its first instruction; `defaults` are options of MachineConfig.
+
+        Raises what Pc raises, ConfigError for unknown options.
+        """
         from pykvm.board import Pc
         from pykvm.config import BootConfig, MachineConfig
 
@@ -78,9 +82,9 @@ class MachineSpec:
         options = {name: self.settings[name] for name in self.settings if name not in (*OWN_KEYS, *device_keys)}
         machine_options = {name: options.pop(name) for name in MachineConfig.__slots__ if name in options}
         for name in options:
-            if name not in signature(Pc).parameters:
+            if name not in _pc_options():
                 raise ConfigError(name, "neither pykvm.Pc nor `pykvm start` has an option of this name")
-        config = MachineConfig(**{"firmware": "bios" in self.settings} | machine_options)
+        config = MachineConfig(**{"firmware": "bios" in self.settings} | defaults | machine_options)
         # the last step before Pc, which closes them when it fails
         return Pc(boot, config, devices=self._devices(device_keys), kvm=kvm, **options)
 
@@ -126,6 +130,13 @@ def _number(text: str) -> int:
     from pykvm.config import parse_int
 
     return parse_int(text, "until")
+
+
+@cache
+def _pc_options() -> frozenset[str]:
+    from pykvm.board import Pc
+
+    return frozenset(signature(Pc).parameters)
 
 
 def _device_keys() -> tuple[str, ...]:
