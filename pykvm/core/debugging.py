@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pykvm.debug.backtrace import Frame
     from pykvm.debug.breakpoints import Breakpoint, Debugger, OnHit
     from pykvm.debug.coverage import Coverage
+    from pykvm.debug.exittrace import OnEvent, Trace
     from pykvm.debug.gdbstub.server import GdbServer
     from pykvm.debug.symbols import Symbols
     from pykvm.debug.traps import Traps
@@ -88,6 +89,24 @@ class Debugging:
         four hardware slots. Otherwise as `breakpoint`.
         """
         return self.debugger.add_watchpoint(where, on_hit, length=length, write_only=write_only)
+
+    def trace(
+        self,
+        on_event: OnEvent | None = None,
+        *,
+        exits: bool | Iterable[str] = True,
+        memory: range | Iterable[range] = (),
+    ) -> Trace:
+        """Call `on_event(vcpu, exit)` for every exit, once it was handled, and for every access to some memory.
+
+        `exits` may name the reasons of interest ("IO", "MMIO", "HLT", ...), or be False. `memory` are ranges of guest
+        physical addresses in RAM; an access there is an Exit with reason MEMORY. It must not be code or page tables.
+        Without a callback the result's `events` collects. Use it in a `with` statement, or `stop()` it.
+        """
+        from pykvm.debug.exittrace import Trace
+
+        ranges = [memory] if isinstance(memory, range) else list(memory)
+        return Trace(self, on_event, exits, ranges)  # type: ignore[arg-type]
 
     def coverage(
         self,

@@ -235,6 +235,11 @@ class Machine(Debugging, Driving, Snapshots):
             return self._active
 
     @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    @property
     def outcome(self) -> Outcome | None:
         """How the last run ended; None while running and after a pause."""
         with self._changed:

@@ -86,6 +86,7 @@ class Vcpu:
         self.coalesced_lock = owner.coalesced_lock
         self.running = False
         self.before_run: Callable[[Vcpu], Outcome | None] | None = None  # called once, on the way into the guest
+        self.traced: Callable[[Vcpu], Outcome | None] | None = None  # runs the guest instead of `_run_guest`
         self.state: CData = ffi.new("struct pk_vcpu *")
         self._fd: VcpuFd | None = None
         self._mailbox: SimpleQueue[str | Callable[[], object]] = SimpleQueue()
@@ -251,7 +252,7 @@ class Vcpu:
         try:
             outcome = self._prepare()
             while outcome is None:
-                outcome = self._run_guest()
+                outcome = self._run_guest() if self.traced is None else self.traced(self)
                 if outcome is None and self._told_to_stop():
                     break
             outcome = self._settled(outcome)
@@ -327,8 +328,6 @@ class Vcpu:
         The exit's access is completed, so the registers are those after the instruction. Signals and kicks end it
         with reason INTR. Raises MachineStateError while the vCPU's thread runs it.
         """
-        from pykvm.kvm.exits import reason_name
-
         self._paused_fd()
         if self.before_run is not None and (outcome := self._prepare()) is not None:
             return Exit("DEBUG", self._settled(outcome))
@@ -337,7 +336,20 @@ class Vcpu:
             return Exit("INTR", None)
         if key == KEY_COALESCED:
             return Exit("COALESCED", drain_coalesced(self))
-        result = Exit(reason_name(key & 0xFF) if key >= 0 else "ERROR", self.dispatch(key))
+        result = self.describe(key)
+        result.outcome = self.dispatch(key)
+        if result.write is False:
+            result.value = None if key & KEY_STRING else self.state.value
+        result.outcome = self._settled(result.outcome)
+        return result
+
+    def describe(self, key: int) -> Exit:
+        """The exit that pk_run has just returned as `key`, before it is handled: what a read gives is not known yet."""
+        from pykvm.kvm.exits import reason_name
+
+        if key == KEY_COALESCED:
+            return Exit("COALESCED", None)
+        result = Exit(reason_name(key & 0xFF) if key >= 0 else "ERROR", None)
         if key & 0xFF in (lib.KVM_EXIT_IO, lib.KVM_EXIT_MMIO):
             result.size, result.write = key >> SIZE_SHIFT & 0x7F, bool(key & KEY_WRITE)
             result.value = None if key & KEY_STRING else self.state.value
@@ -345,7 +357,6 @@ class Vcpu:
                 result.port = key >> PORT_SHIFT & 0xFFFF
             else:
                 result.address = self.state.address
-        result.outcome = self._settled(result.outcome)
         return result
 
     def step(self) -> Outcome | None:
