@@ -302,6 +302,7 @@ struct pk_net {
     uint8_t active, link, rx_held, tx_held, mergeable, checksums;
     uint64_t features;
     struct pk_virtqueue *rx, *tx;
+    struct pk_poll poll;
     struct pk_interrupt interrupt;
     uint64_t rx_frames, rx_bytes, rx_dropped, tx_frames, tx_bytes, tx_dropped;
     uint32_t expected, waiting;

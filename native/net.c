@@ -10,7 +10,7 @@
 #include <unistd.h>
 
 /* One turn, so that other devices and timers get theirs; and how many go before the driver hears of them. */
-enum { TURN_FRAMES = 128, TURN_BYTES = 2 << 20, INTERRUPT_EVERY = 16 };
+enum { TURN_FRAMES = 128, TURN_BYTES = 2 << 20, INTERRUPT_EVERY = 16, SLICE_NS = 4000 };
 enum { MIN_FRAME = 14, MAX_FRAME = PK_NET_LARGEST - PK_NET_HEADER, MAX_HELD = 256 };
 
 _Static_assert(sizeof(struct virtio_net_hdr_v1) == PK_NET_HEADER, "PK_NET_HEADER");
@@ -100,15 +100,47 @@ static int send_one(struct pk_net *net, struct pk_chain *chain) {
     return 0;
 }
 
+/* What is for Python stays: the interface's set is still readable. */
+static void look_for_answers(struct pk_net *net) {
+    if (net->watched & EPOLLIN)
+        pk_net_receive(net);
+}
+
+/* pk_queue_poll, without leaving the other direction to itself for so long. */
+static int watch_sending(struct pk_net *net) {
+    struct pk_poll *poll = &net->poll;
+    uint32_t whole = poll->now_ns;
+    uint64_t since = 0;
+    int found = PK_EMPTY;
+    for (uint32_t done = 0; found == PK_EMPTY && (!done || done < whole); done += SLICE_NS) {
+        poll->now_ns = whole < SLICE_NS ? whole : SLICE_NS;
+        found = pk_queue_poll(net->tx, poll);
+        since = since ? since : poll->idle_since;
+        if (found == PK_EMPTY && whole)
+            look_for_answers(net);
+    }
+    poll->now_ns = whole;
+    poll->idle_since = since;
+    return found;
+}
+
 int pk_net_send(struct pk_net *net) {
     struct pk_chain chain;
     uint64_t bytes = 0;
+    int answered = 0;
     for (int served = 0; served < TURN_FRAMES && bytes < TURN_BYTES;) {
         if (net->tx_held)
             return PK_NET_PYTHON;
         int found = pk_queue_pop(net->tx, &chain);
         if (found == PK_EMPTY) {
-            interrupt(net, net->tx); /* before asking for more: the driver has something to do meanwhile */
+            interrupt(net, net->tx);  /* before asking for more: the driver has something to do meanwhile */
+            if (served != answered) { /* the host's own answers are there as soon as a frame was sent */
+                answered = served;
+                look_for_answers(net);
+                continue;
+            }
+            if (watch_sending(net) == PK_GOT)
+                continue;
             found = pk_queue_want_notification(net->tx);
             if (found == PK_EMPTY)
                 return PK_NET_DONE;
@@ -371,8 +403,13 @@ static int rx_ready(struct pk_handler *handler, int fd) {
     return kick_ready(((struct pk_net_handler *)handler)->net, fd, receive_kicked);
 }
 
+static int send_kicked(struct pk_net *net) {
+    pk_queue_woken(&net->poll);
+    return pk_net_send(net);
+}
+
 static int tx_ready(struct pk_handler *handler, int fd) {
-    return kick_ready(((struct pk_net_handler *)handler)->net, fd, pk_net_send);
+    return kick_ready(((struct pk_net_handler *)handler)->net, fd, send_kicked);
 }
 
 struct pk_net *pk_net_new(void) {

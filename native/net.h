@@ -38,6 +38,7 @@ struct pk_net {
     uint8_t mergeable, checksums;
     uint64_t features; /* negotiated */
     struct pk_virtqueue *rx, *tx;
+    struct pk_poll poll; /* of `tx` */
     struct pk_interrupt interrupt;
     uint64_t rx_frames, rx_bytes, rx_dropped, tx_frames, tx_bytes, tx_dropped;
     uint32_t expected; /* bytes of the last frame received, header included: the next one is like it */

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 QUEUE_SIZE, CONTROL_SIZE = 256, 64
 RX, TX, CONTROL = 0, 1, 2
 BURST = 64  # frames that one call takes from the backend, before the I/O thread turns to other work
+POLL_NS = 50_000  # the longest time for which an empty transmit queue is watched, where there is a CPU to spare
 MIN_MTU, MAX_MTU = 68, 65535  # 5.1.4.1
 
 HEADER = struct.Struct("<BBHHHHH")  # struct virtio_net_hdr_v1
@@ -157,6 +158,7 @@ class Net(VirtioDevice):
         plane, (rx, tx, _) = self._plane, self.queues
         assert isinstance(transport.lock, NativeLock) and isinstance(rx, NativeQueue) and isinstance(tx, NativeQueue)
         plane.lock, plane.rx, plane.tx = transport.lock.handle, rx.state, tx.state
+        plane.poll.max_ns = POLL_NS if len(os.sched_getaffinity(0)) > 1 else 0
         interrupt_of(transport, plane.interrupt)
         for fd, handler in (
             (plane.epoll, plane.on_backend),
