@@ -17,6 +17,7 @@ from pykvm.debug.traps import Traps
 from pykvm.errors import ConfigError, DebugUnsupported
 from pykvm.x86 import layout
 from pykvm.x86.paging import Walk, walk
+from pykvm.x86.segments import CR0_PE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -114,10 +115,10 @@ class Debugger:
         vcpu: Vcpu | None = None,
     ) -> Breakpoint:
         """See Machine.breakpoint. `vcpu` is whose page tables place a software breakpoint (None: the first one's)."""
-        address = self.resolve(where)
-        found = None if hardware else self._ask(vcpu or self.machine.vcpus[0], address)
+        address, vcpu = self.resolve(where), vcpu or self.machine.vcpus[0]
+        found, real_mode = self._ask(vcpu, address)
         if hardware is None:
-            hardware = found is None or found.gpa is None
+            hardware = found.gpa is None
         made = Breakpoint(self, address, "hardware" if hardware else "software", on_hit, once=once)
         made.name = where if isinstance(where, str) else ""
         if hardware:
@@ -125,10 +126,10 @@ class Debugger:
                 raise DebugUnsupported("this host's KVM does not honour hardware breakpoints")
             self._take_slot(made, DebugRegister(address))
         else:
-            if found is None or found.gpa is None:
-                raise ConfigError("breakpoint", f"{address:#x} {found.reason if found else 'is not mapped'}")
+            if found.gpa is None:
+                raise ConfigError("breakpoint", f"{address:#x} {found.reason}")
             made.gpa = found.gpa
-            self.traps.add(found.gpa, made)
+            self.traps.add(found.gpa, made, self.support.real_trap if real_mode else None)
             self.sync()
         return made
 
@@ -195,10 +196,17 @@ class Debugger:
         sregs = vcpu.sregs
         return walk(self.machine.memory, linear, cr0=sregs.cr0, cr3=sregs.cr3, cr4=sregs.cr4, efer=sregs.efer)
 
-    def _ask(self, vcpu: Vcpu, linear: int) -> Walk:
-        """`translate`, on the vCPU's own thread."""
-        found: list[Walk] = []
-        vcpu.call(lambda: found.append(self.translate(vcpu, linear)), ANSWER_S)
+    def _ask(self, vcpu: Vcpu, linear: int) -> tuple[Walk, bool]:
+        """(`translate`, whether the vCPU is in real mode), on its own thread; DebugUnsupported where none would hit."""
+        found: list[tuple[Walk, bool]] = []
+
+        def look() -> None:
+            sregs = vcpu.sregs
+            if sregs.ss.dpl == 3 and not self.support.user_breakpoints:
+                raise DebugUnsupported("this host's KVM has no breakpoints in ring 3: stop the vCPU in ring 0")
+            found.append((self.translate(vcpu, linear), not sregs.cr0 & CR0_PE))
+
+        vcpu.call(look, ANSWER_S)
         return found[0]
 
     def pc(self, vcpu: Vcpu) -> int:

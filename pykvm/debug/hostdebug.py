@@ -37,20 +37,33 @@ class Trap:
         return f"<Trap {self.name}>"
 
 
-INT3 = Trap("int3", b"\xcc")  # KVM_EXIT_DEBUG
-FWAIT = Trap("fwait", b"\x9b")  # an instruction that KVM's emulator lacks, in any mode: KVM_EXIT_INTERNAL_ERROR
+INT3 = Trap("int3", b"\xcc")  # KVM_EXIT_DEBUG, or KVM_EXIT_INTERNAL_ERROR from an emulator that lacks it
+FWAIT = Trap("fwait", b"\x9b")  # the emulator lacks this one in any mode, INT3 in real mode it has
 OUT = Trap("out", bytes([0xE6, layout.PORT_DEBUG_TRAP]))  # out %al, $port: KVM_EXIT_IO, in ring 0 (or with IOPL)
 
 
 class DebugSupport:
-    """What works. `user_step` and `user_breakpoints` speak of ring 3, the others of ring 0."""
+    """What works. `user_step` and `user_breakpoints` speak of ring 3, the others of ring 0.
 
-    __slots__ = ("breakpoints", "step", "trap", "user_breakpoints", "user_step", "watchpoints")
+    `trap` is for software breakpoints in protected and long mode, `real_trap` for those in real mode; both are equally
+    long.
+    """
+
+    __slots__ = ("breakpoints", "real_trap", "step", "trap", "user_breakpoints", "user_step", "watchpoints")
 
     def __init__(
-        self, trap: Trap, *, breakpoints: bool, watchpoints: bool, step: bool, user_step: bool, user_breakpoints: bool
+        self,
+        trap: Trap,
+        real_trap: Trap,
+        *,
+        breakpoints: bool,
+        watchpoints: bool,
+        step: bool,
+        user_step: bool,
+        user_breakpoints: bool,
     ) -> None:
         self.trap = trap
+        self.real_trap = real_trap
         self.breakpoints = breakpoints
         self.watchpoints = watchpoints
         self.step = step
@@ -84,20 +97,17 @@ def debug_support() -> DebugSupport:
 
 def _try_all() -> DebugSupport:
     execute, access = DebugRegister(_BASE + 1), DebugRegister(_DATA, ACCESS)
+    seen = _try(INT3.code + _END)
+    trap = INT3 if seen in ("DEBUG", "INTERNAL_ERROR") else OUT
     return DebugSupport(
-        _find_trap(),
+        trap,
+        FWAIT if seen == "INTERNAL_ERROR" else trap,
         breakpoints=_try(b"\x90\x90" + _END, register=execute) == "DEBUG",
         watchpoints=_try(_TOUCH, register=access) == "DEBUG",
         step=_try(b"\x90" + _END, step=True) == "DEBUG",
         user_step=_try(b"\x90" + _END, step=True, user=True) == "DEBUG",
         user_breakpoints=_try(INT3.code, user=True) == "DEBUG",
     )
-
-
-def _find_trap() -> Trap:
-    if _try(INT3.code + _END) == "DEBUG":
-        return INT3
-    return FWAIT if _try(FWAIT.code + _END) == "INTERNAL_ERROR" else OUT
 
 
 def _try(code: bytes, *, register: DebugRegister | None = None, step: bool = False, user: bool = False) -> str:

@@ -20,10 +20,11 @@ PAGE_SIZE = 4096
 class Site:
     """One planted instruction: its GPA, the guest's own bytes under it, whose breakpoints it serves."""
 
-    __slots__ = ("gpa", "owners", "saved")
+    __slots__ = ("code", "gpa", "owners", "saved")
 
-    def __init__(self, gpa: int, saved: bytes) -> None:
+    def __init__(self, gpa: int, code: bytes, saved: bytes) -> None:
         self.gpa = gpa
+        self.code = code
         self.saved = saved
         self.owners: list[Breakpoint] = []
 
@@ -34,6 +35,7 @@ class Traps:
     def __init__(self, memory: GuestMemory, trap: Trap) -> None:
         self._memory = memory
         self._code = trap.code
+        self._size = len(trap.code)
         self._sites: dict[int, Site] = {}
         self._lock = threading.RLock()
 
@@ -44,19 +46,22 @@ class Traps:
         """The site whose trap starts at `gpa`."""
         return self._sites.get(gpa)
 
-    def add(self, gpa: int, owner: Breakpoint) -> None:
-        """Plant a trap, unless there is one. Raises GuestAddressError; DebugUnsupported too close to another one."""
+    def add(self, gpa: int, owner: Breakpoint, trap: Trap | None = None) -> None:
+        """Plant a trap (another one of the same length, if given), unless there is one.
+
+        Raises GuestAddressError; DebugUnsupported too close to another one.
+        """
         with self._lock:
             site = self._sites.get(gpa)
             if site is None:
                 self._check_room(gpa)
-                site = Site(gpa, self._memory.read(gpa, len(self._code)))
+                site = Site(gpa, self._code if trap is None else trap.code, self._memory.read(gpa, self._size))
                 self._sites[gpa] = site
-                self._memory.write(gpa, self._code)
+                self._memory.write(gpa, site.code)
             site.owners.append(owner)
 
     def _check_room(self, gpa: int) -> None:
-        size = len(self._code)
+        size = self._size
         near = any(other in self._sites for other in range(gpa - size + 1, gpa + size))
         if near or gpa % PAGE_SIZE + size > PAGE_SIZE:
             raise DebugUnsupported(
@@ -77,7 +82,7 @@ class Traps:
     def lift(self, site: Site) -> None:
         """Let the guest's own instruction be there for a moment."""
         with self._lock:
-            if self._memory.read(site.gpa, len(self._code)) == self._code:
+            if self._is_planted(site):
                 self._memory.write(site.gpa, site.saved)
 
     def plant(self, site: Site) -> None:
@@ -87,10 +92,12 @@ class Traps:
                 self._save_and_plant(site)
 
     def _save_and_plant(self, site: Site) -> None:
-        now = self._memory.read(site.gpa, len(self._code))
-        if now != self._code:
-            site.saved = now
-            self._memory.write(site.gpa, self._code)
+        if not self._is_planted(site):
+            site.saved = self._memory.read(site.gpa, self._size)
+            self._memory.write(site.gpa, site.code)
+
+    def _is_planted(self, site: Site) -> bool:
+        return self._memory.read(site.gpa, self._size) == site.code
 
     def lift_all(self) -> None:
         """Make guest memory what the guest thinks it is (for a snapshot of it); vCPUs are paused until `plant_all`."""
@@ -111,7 +118,7 @@ class Traps:
         with self._lock:
             data = bytearray(self._memory.read(gpa, length))
             for site, at, part in self._overlaps(gpa, length):
-                if self._memory.read(site.gpa, len(self._code)) == self._code:
+                if self._is_planted(site):
                     data[at : at + len(part)] = site.saved[part.start : part.stop]
             return bytes(data)
 
@@ -125,17 +132,17 @@ class Traps:
                 saved = bytearray(site.saved)
                 saved[part.start : part.stop] = data[at : at + len(part)]
                 site.saved = bytes(saved)
-                planted[at : at + len(part)] = self._code[part.start : part.stop]
+                planted[at : at + len(part)] = site.code[part.start : part.stop]
             self._memory.write(gpa, planted)
 
     def _overlaps(self, gpa: int, length: int) -> Iterator[tuple[Site, int, range]]:
         """(site, offset in [gpa, gpa + length), range of the trap's bytes that lie there)."""
-        first = gpa - len(self._code) + 1
+        first = gpa - self._size + 1
         if length < len(self._sites):
             near = [self._sites[at] for at in range(first, gpa + length) if at in self._sites]
         else:
             near = list(self._sites.values())
         for site in near:
-            start, stop = max(gpa, site.gpa), min(gpa + length, site.gpa + len(self._code))
+            start, stop = max(gpa, site.gpa), min(gpa + length, site.gpa + self._size)
             if start < stop:
                 yield site, start - gpa, range(start - site.gpa, stop - site.gpa)

@@ -56,8 +56,8 @@ def test_gdb_in_a_running_linux(linux: Pc) -> None:
     words = ["gdb", "-nx", "-batch", "-iex", "set width 0"]
     for command in (
         f"target remote {server.address}", "show architecture", "info threads", f"break *{address:#x}", "echo going\\n",
-        "continue", "p/x $pc", "p $cr0", "info threads", f"hbreak *{address + 4:#x}", "stepi", f"p $pc - {address:#x}",
-        "x/2xb $pc", "monitor walk $pc", "delete", "detach",
+        "continue", "p/x $pc", "p $cr0", "info threads", f"hbreak *{address + 5:#x}", "continue", "delete 2",
+        "stepi", f"p (long)$pc - {address:#x}", f"monitor walk {address:#x}", "x/2xb $pc", "delete", "detach",
     ):  # fmt: skip
         words += ["-ex", command]
     with subprocess.Popen(
@@ -76,7 +76,10 @@ def test_gdb_in_a_running_linux(linux: Pc) -> None:
     assert re.search(rf"Thread [12] hit Breakpoint 1, 0x{address:016x} in ", output)
     assert f"$1 = {address:#x}" in output
     assert re.search(r"\$2 = \[ PE .*WP .*PG \]", output)
+    if not debug_support().breakpoints:
+        assert "Cannot insert hardware breakpoint 2." in output
     assert re.search(r"\$3 = [1-9]", output)
+    assert f"{address:#x} (4-level paging) -> 0x" in output
     assert "[Inferior 1 (Remote target) detached]" in output
     finish(linux)
 

@@ -212,6 +212,9 @@ def test_ring3_steps_where_the_host_can() -> None:
             with pytest.raises(DebugUnsupported, match="ring 3"):
                 vcpu.step()
             assert vcpu.regs.rip == before
+        if not debug_support().user_breakpoints:
+            with pytest.raises(DebugUnsupported, match="ring 3"):
+                pc.breakpoint(before)
         assert pc.run(0.1).kind == "TIMEOUT"
 
 
