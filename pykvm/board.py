@@ -23,7 +23,7 @@ from pykvm.devices.ports import PostCode, SystemControlA, SystemControlB
 from pykvm.devices.pvpanic import PvPanic
 from pykvm.devices.rtc import Rtc
 from pykvm.devices.serial import LSR, LSR_IDLE, THR, Serial
-from pykvm.errors import ConfigError, SnapshotError
+from pykvm.errors import ConfigError, MachineStateError, SnapshotError
 from pykvm.x86 import layout
 from pykvm.x86.acpi import build_acpi, build_image
 from pykvm.x86.mptable import build_mptable
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from pykvm.core.device import Device
     from pykvm.core.memimage import SlotImage
     from pykvm.kvm.system import Kvm
+    from pykvm.virtio.balloon import Balloon
     from pykvm.virtio.device import VirtioDevice
     from pykvm.virtio.mmio import VirtioMmio
 
@@ -254,6 +255,16 @@ class Pc(Machine):
         device.join(self.console)
         self.on_connect.append(transport.connect)
         transport.connect(self.vm)
+
+    @property
+    def balloon(self) -> Balloon:
+        """The machine's balloon. Raises MachineStateError when it has none."""
+        from pykvm.virtio.balloon import Balloon
+
+        for transport in self.virtio:
+            if isinstance(transport.device, Balloon):
+                return transport.device
+        raise MachineStateError("the machine has no balloon: give it one by devices=[Balloon()] or --balloon")
 
     def _flush_page(self, gpa: int) -> None:
         """Make the guest fault the page in again, by dropping KVM's mapping of its slot."""

@@ -5,7 +5,7 @@ Loaded only when such an option is given: it may import what it likes.
 
 from __future__ import annotations
 
-from pykvm.config import parse_int
+from pykvm.config import parse_int, parse_size
 from pykvm.errors import UsageError
 
 TYPE_CHECKING = False
@@ -67,8 +67,19 @@ def _net(text: str) -> VirtioDevice:
     return Net(backend, mac=words.get("mac"), mtu=mtu, link="down" not in words, limit=limit)
 
 
+def _balloon(text: str) -> VirtioDevice:
+    from pykvm.virtio.balloon import Balloon
+
+    words = only_words("--balloon", text, ("no-deflate-on-oom", "no-reporting"), ("size",))
+    return Balloon(
+        parse_size(words["size"], "balloon") if "size" in words else 0,
+        deflate_on_oom="no-deflate-on-oom" not in words,
+        reporting="no-reporting" not in words,
+    )
+
+
 # option key -> function(its text) -> device; in the order in which the devices are put on the machine
-MAKERS: dict[str, Callable[[str], VirtioDevice]] = {"disk": _disk, "net": _net, "rng": _rng}
+MAKERS: dict[str, Callable[[str], VirtioDevice]] = {"disk": _disk, "net": _net, "rng": _rng, "balloon": _balloon}
 
 
 def _console(texts: list[str]) -> VirtioDevice:

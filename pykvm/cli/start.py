@@ -106,6 +106,7 @@ OPTIONS = (
         "virtio console hvc0, hvc1, or a named port: stdio, file:PATH, pty, unix:PATH or none; repeatable",
         many=True,
     ),
+    Option("--balloon", "[=SPEC]", "memory balloon and free page reporting: size=SIZE,no-deflate-on-oom,no-reporting"),
     Option("--rng", "[=rate=..]", "random number generator, fed by the host's; rate in bytes a second"),
     Option("--virtio-cmdline", "", "announce virtio devices on the kernel's command line instead of by ACPI"),
     Option("--timeout", "S", "stop after S seconds with status 124", convert=_seconds),
@@ -131,7 +132,7 @@ PARSER = Parser(
 
 
 # The options that make virtio devices; pykvm.cli.devices knows what their values mean.
-DEVICE_OPTIONS: tuple[str, ...] = ("disk", "net", "rng", "console")
+DEVICE_OPTIONS: tuple[str, ...] = ("disk", "net", "rng", "balloon", "console")
 
 
 # The longest time from a signal to its handler: Python runs the handler between two bytecodes, so that a signal in the

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from errno import EINVAL
 
 from pykvm._native import ffi, lib
 from pykvm.errors import ConfigError, GuestAddressError
@@ -233,6 +234,37 @@ class GuestMemory:
             for start in range(at, at + part, len(block)):
                 step = min(len(block), at + part - start)
                 slot.view[start : start + step] = block[:step]
+
+    def discard(self, gpa: int, length: int) -> bool:
+        """Give the host pages of [gpa, gpa + length), which reads as zeros afterwards, back to the host.
+
+        Both are page-aligned. False, with nothing changed there, where a slot's memory cannot be given back in such
+        pieces (huge pages of hugetlbfs), or would show a snapshot's content again (copy-on-write of a frozen image).
+        """
+        if (gpa | length) % PAGE_SIZE:
+            raise GuestAddressError(gpa, length, "is not page-aligned")
+        pieces = list(self._pieces(gpa, length))
+        if any(slot.readonly for slot, _, _ in pieces):
+            raise GuestAddressError(gpa, length, "is read-only")
+        if any(slot.image is not None for slot, _, _ in pieces):
+            return False
+        try:
+            for slot, at, part in pieces:
+                # shared memory keeps its pages in the file until they are removed from there
+                slot.map.madvise(mmap.MADV_REMOVE if slot.fd >= 0 else mmap.MADV_DONTNEED, at, part)
+        except OSError as error:
+            if error.errno != EINVAL:
+                raise
+            return False
+        return True
+
+    def gpa_of(self, view: memoryview) -> int:
+        """The GPA of the first byte of a view of guest memory."""
+        hva = int(ffi.cast("uintptr_t", ffi.from_buffer(view)))
+        for slot in self.slots:
+            if slot.hva <= hva < slot.hva + slot.size:
+                return slot.gpa + hva - slot.hva
+        raise ValueError("the view is not of guest memory")
 
     def read_uint(self, gpa: int, size: int) -> int:
         """A little-endian unsigned integer of `size` bytes."""
