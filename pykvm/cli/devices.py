@@ -78,8 +78,26 @@ def _balloon(text: str) -> VirtioDevice:
     )
 
 
+def _vsock(text: str) -> VirtioDevice:
+    from pykvm.virtio.vsock import Vsock
+
+    head, colon, path = text.partition(":")
+    if not (colon and head.isascii() and head.isdigit()):  # a path may hold colons, and `cid=` digits
+        words = only_words("--vsock", text, (), ("cid", "path"))
+        head, path = words.get("cid", ""), words.get("path", "")
+    if not head or not path:
+        raise UsageError(f"--vsock: {text!r} is not CID:PATH, nor cid=CID,path=PATH")
+    return Vsock(parse_int(head, "vsock"), path)
+
+
 # option key -> function(its text) -> device; in the order in which the devices are put on the machine
-MAKERS: dict[str, Callable[[str], VirtioDevice]] = {"disk": _disk, "net": _net, "rng": _rng, "balloon": _balloon}
+MAKERS: dict[str, Callable[[str], VirtioDevice]] = {
+    "disk": _disk,
+    "net": _net,
+    "rng": _rng,
+    "balloon": _balloon,
+    "vsock": _vsock,
+}
 
 
 def _console(texts: list[str]) -> VirtioDevice:

@@ -108,6 +108,9 @@ OPTIONS = (
     ),
     Option("--balloon", "[=SPEC]", "memory balloon and free page reporting: size=SIZE,no-deflate-on-oom,no-reporting"),
     Option("--rng", "[=rate=..]", "random number generator, fed by the host's; rate in bytes a second"),
+    Option(
+        "--vsock", "CID:PATH", "sockets between guest and host: CONNECT PORT at PATH; the guest's own go to PATH_PORT"
+    ),
     Option("--virtio-cmdline", "", "announce virtio devices on the kernel's command line instead of by ACPI"),
     Option("--timeout", "S", "stop after S seconds with status 124", convert=_seconds),
     Option("--stats", "", "print exit statistics at the end"),
@@ -132,7 +135,7 @@ PARSER = Parser(
 
 
 # The options that make virtio devices; pykvm.cli.devices knows what their values mean.
-DEVICE_OPTIONS: tuple[str, ...] = ("disk", "net", "rng", "balloon", "console")
+DEVICE_OPTIONS: tuple[str, ...] = ("disk", "net", "rng", "balloon", "vsock", "console")
 
 
 # The longest time from a signal to its handler: Python runs the handler between two bytecodes, so that a signal in the

@@ -15,8 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pykvm._native import ffi, lib
+from pykvm.cli.devices import make_devices
+from pykvm.cli.start import PARSER
 from pykvm.core.iothread import Timer
-from pykvm.errors import ConfigError
+from pykvm.errors import ConfigError, UsageError
 from pykvm.virtio.vsock import MAX_CONNECTIONS, MAX_REPLIES, Vsock
 from pykvm.virtio.vsockconn import BUFFER, HEADER_SIZE
 
@@ -588,3 +590,21 @@ def test_paths_that_do_not_fit(tmp_path: Path) -> None:
     """PATH_PORT has to fit as well."""
     with pytest.raises(ConfigError, match="too long"):
         Vsock(3, "/tmp/" + "x" * 95)
+
+
+@pytest.mark.parametrize("text", ["7:{}", "cid=7,path={}", "cid=0x7,path={}"])
+def test_option(tmp_path: Path, text: str) -> None:
+    """Both ways to write --vsock."""
+    values, _ = PARSER.parse(["--vsock", text.format(tmp_path / "vsock")])
+    (device,) = make_devices(values)
+    assert isinstance(device, Vsock) and (device.cid, device.path) == (7, str(tmp_path / "vsock"))
+    device.close()
+
+
+@pytest.mark.parametrize("text", ["7", "7:", ":x", "cid=7", "path=x", "x:y", "cid=7,path=x,more=1", "2:x"])
+def test_wrong_options(text: str) -> None:
+    """One clear line, and no socket left behind."""
+    values, _ = PARSER.parse(["--vsock", text])
+    with pytest.raises(UsageError, match="vsock"):
+        make_devices(values)
+    assert not os.path.exists("x")
