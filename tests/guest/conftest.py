@@ -38,6 +38,13 @@ def initramfs(images: Path) -> Path:
     return images / "initramfs.cpio.gz"
 
 
+@pytest.fixture(scope="session")
+def rootfs() -> Path:
+    """Debian's root file system (scripts/setup --lab made it); the lab forgets what a test writes into it."""
+    cache = Path(os.environ.get("PYKVM_CACHE") or Path.home() / ".cache" / "pykvm")
+    return cache / "rootfs" / "debian.img"
+
+
 @pytest.fixture
 def initrd_with(tmp_path: Path, initramfs: Path, guest_modules: Path) -> Callable[..., Path]:
     """initrd_with("virtio_mmio", "button", files={"etc/x": b"..."}) makes an initramfs that also has these.
