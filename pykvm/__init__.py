@@ -15,6 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pykvm.board import Pc
     from pykvm.config import BootConfig, MachineConfig
+    from pykvm.control.restore import restore_file
     from pykvm.core.device import Device, IrqLine
     from pykvm.core.machine import Machine
     from pykvm.core.memory import GuestMemory
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "pykvm.board": ("Pc",),
     "pykvm.config": ("BootConfig", "MachineConfig"),
+    "pykvm.control.restore": ("restore_file",),
     "pykvm.core.device": ("Device", "IrqLine"),
     "pykvm.core.machine": ("Machine",),
     "pykvm.core.memory": ("GuestMemory",),
@@ -91,6 +93,7 @@ __all__ = [
     "Symbols",
     "UsageError",
     "Vcpu",
+    "restore_file",
 ]
 
 

@@ -149,6 +149,13 @@ class Pc(Machine):
         twin.boot = self.boot
         return twin
 
+    def describe_board(self) -> tuple[str, dict[str, object]]:
+        """A Pc, its options, and what it boots after a reset."""
+        boot = self.boot_config
+        names = BootConfig.__slots__
+        plain = None if boot is None else {name: getattr(boot, name) for name in names}
+        return "pc", {**self._options, "boot": plain}
+
     # -- devices ------------------------------------------------------------------------------------------------
 
     def _attach_port(self, device: Device, base: int, length: int = 1, name: str | None = None) -> None:

@@ -83,6 +83,15 @@ class SlotImage:
                 data[low - start : low - start + len(piece)] = piece
         return bytes(data)
 
+    def flat(self) -> SlotImage:
+        """The same content in one memfd, for an image of so many extents that mapping them would cost more."""
+        backing = Backing(os.memfd_create(f"pykvm-{self.name}", os.MFD_CLOEXEC))
+        os.ftruncate(backing.fd, self.size)
+        for start, end in self.data_ranges():
+            for at in range(start, end, COPY):
+                os.pwrite(backing.fd, self.read(at, min(COPY, end - at)), at)
+        return SlotImage(self.index, self.gpa, self.size, self.name, self.readonly, [Extent(0, self.size, backing, 0)])
+
     def data_ranges(self) -> list[Range]:
         """The parts of the slot that may be other than zero, ascending."""
         found: list[Range] = []
@@ -198,7 +207,7 @@ def capture(slot: Slot) -> SlotImage:
         image = _over(slot, [Extent(0, slot.size, backing, 0)])
         install(slot, image)
     else:
-        image = _over(slot, [*_cut(extents, own), *(Extent(start, end, backing, start) for start, end in own)])
+        image = _over(slot, [*cut(extents, own), *(Extent(start, end, backing, start) for start, end in own)])
         install(slot, image, own)
     return image
 
@@ -221,7 +230,7 @@ def _copy(slot: Slot, backing: Backing, start: int, end: int) -> None:
                 done += os.pwrite(backing.fd, piece[done:], at + done)
 
 
-def _cut(extents: Iterable[Extent], holes: list[Range]) -> list[Extent]:
+def cut(extents: Iterable[Extent], holes: list[Range]) -> list[Extent]:
     """The extents without what lies in `holes` (ascending)."""
     left = []
     for each in extents:

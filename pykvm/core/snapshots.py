@@ -37,6 +37,28 @@ class Snapshots:
 
         restore(self, snapshot)  # type: ignore[arg-type]
 
+    def save(
+        self,
+        path: str,
+        *,
+        snapshot: Snapshot | None = None,
+        parent: Snapshot | None = None,
+        compress: bool = False,
+    ) -> Snapshot:
+        """Write a snapshot file (its format: pykvm.snapshot.format): of now, or an earlier `snapshot` of this machine.
+
+        An existing file is replaced at the end, whole. With `parent`, a Snapshot that `save` returned, only the pages
+        that are not as there are written. `compress` makes it small (zstd); restoring it then has to unpack all memory
+        first. `pykvm.restore_file(path)` makes a machine of it. Raises SnapshotError.
+        """
+        from pykvm.snapshot.save import save
+
+        return save(self, path, snapshot, parent, compress)  # type: ignore[arg-type]
+
+    def describe_board(self) -> tuple[str, dict[str, object]]:
+        """(kind of machine, what beside its MachineConfig it was made of), for a snapshot file."""
+        return "machine", {}
+
     def fork(self, snapshot: Snapshot | None = None, *, attach: Callable[[Self], object] | None = None) -> Self:
         """A new machine that goes on from `snapshot`, by default from now; paused, with a life of its own.
 

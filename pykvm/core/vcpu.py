@@ -89,6 +89,7 @@ class Vcpu:
         self.traced: Callable[[Vcpu], Outcome | None] | None = None  # runs the guest instead of `_run_guest`
         self.state: CData = ffi.new("struct pk_vcpu *")
         self._fd: VcpuFd | None = None
+        self.cpuid: CData = ffi.NULL  # the struct kvm_cpuid2 that it was given
         self._mailbox: SimpleQueue[str | Callable[[], object]] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._leave = False

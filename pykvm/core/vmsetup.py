@@ -89,7 +89,8 @@ def create_vcpus(vm: VmFd, kvm: Kvm, config: MachineConfig, vcpus: Sequence[Vcpu
         except BaseException:
             fd.close()
             raise
-        fd.set_cpuid_table(_cpuid_table(kvm, config, vcpu.index, deadline, fd.get_tsc_khz()))
+        vcpu.cpuid = _cpuid_table(kvm, config, vcpu.index, deadline, fd.get_tsc_khz())
+        fd.set_cpuid_table(vcpu.cpuid)
         fd.set_msrs(msrs)
         if config.stats:
             lib.pk_vcpu_enable_stats(vcpu.state)
@@ -98,6 +99,12 @@ def create_vcpus(vm: VmFd, kvm: Kvm, config: MachineConfig, vcpus: Sequence[Vcpu
 # A process makes thousands of machines of the same few shapes, and the table of a shape never changes.
 _tables: dict[tuple[object, ...], CData] = {}
 MAX_TABLES = 256
+
+
+def host_cpuid(kvm: Kvm, config: MachineConfig) -> CData:
+    """The table that the first vCPU of such a machine gets on this host, as far as features go."""
+    deadline = bool(kvm.check_extension(lib.KVM_CAP_TSC_DEADLINE_TIMER))
+    return _cpuid_table(kvm, config, 0, deadline, 0)
 
 
 def _cpuid_table(kvm: Kvm, config: MachineConfig, index: int, deadline: bool, tsc_khz: int) -> CData:

@@ -44,6 +44,7 @@ class Snapshot:
         self.devices = devices
         self.memory = tuple(memory)
         self.checked = identity is None  # taken by this process: nobody made it up
+        self.file: tuple[str, int] | None = None  # where it is saved, and the checksum of the state there
         self._calls: list[VcpuCalls] | None = None
 
     def calls(self) -> list[VcpuCalls]:

@@ -1,0 +1,119 @@
+"""A machine from a snapshot file. Layer: control."""
+
+from __future__ import annotations
+
+import os
+
+from pykvm.board import Pc
+from pykvm.config import BootConfig, MachineConfig
+from pykvm.core.machine import Machine
+from pykvm.core.state import BOOL, U64, Int, ListOf, Row, Shape, Text
+from pykvm.core.vmsetup import host_cpuid
+from pykvm.errors import HostError, SnapshotError, UsageError
+from pykvm.kvm.system import Kvm
+from pykvm.snapshot.apply import check, forgive_pause, put_state
+from pykvm.snapshot.describe import check_cpu, machine_config
+from pykvm.snapshot.load import SnapshotFile, load
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+TSC_TOLERANCE_PPM = 250  # what NTP can correct, and what QEMU and KVM's own TSC scaling tolerate
+
+_BOARD = Shape(1, serial_ports=Int(0, 4), debug_exit=BOOL, testdev=BOOL, virtio_cmdline=BOOL)
+_PATH = Text(4096)
+_BOOT = {
+    "kernel": _PATH,
+    "bios": _PATH,
+    "cmdline": Text(1 << 16),
+    "initrd": _PATH,
+    "modules": ListOf(Row(_PATH, Text(1 << 16)), 0, 64),
+    "mode": Text(16),
+    "entry": U64,
+    "load_addr": U64,
+    "unpack": BOOL,
+}
+
+
+def restore_file(
+    path: str | os.PathLike[str],
+    *,
+    lazy: bool = False,
+    parent: str | os.PathLike[str] | None = None,
+    attach: Callable[[Machine], object] | None = None,
+    **board: Any,
+) -> Machine:
+    """The machine that `Machine.save` wrote to `path`: a Pc or a Machine, paused, about to go on.
+
+    lazy     map its memory without reading it first: takes no time, and damage in it goes unnoticed
+    parent   the file that a differential snapshot is relative to, if it is not beside `path` under its old name
+    attach   puts the caller's own devices on the machine, at the addresses that they had
+    board    overrides options of the Pc
+
+    Raises SnapshotError for a file that is damaged, of another machine or CPU, before anything is made.
+    """
+    where = os.fspath(path)
+    file = load(where, lazy=lazy, parent=None if parent is None else os.fspath(parent))
+    config = machine_config(file.document, where)
+    with Kvm() as kvm:
+        tables = file.document["machine"]["state"]["cpuid"]
+        check_cpu(tables[0], host_cpuid(kvm, machine_config(file.document, where, host=True)), where)
+    try:
+        machine = _make(file, config, board)
+    except HostError as error:
+        raise SnapshotError(f"{where}: this host cannot make its machine: {error}") from error
+    try:
+        if attach is not None:
+            attach(machine)
+        devices = check(machine, file.snapshot)
+        _check_tsc(machine, file)
+        put_state(machine, file.snapshot, devices)
+        forgive_pause(machine)
+    except BaseException:
+        machine.close()
+        raise
+    return machine
+
+
+def _make(file: SnapshotFile, config: MachineConfig, overrides: dict[str, Any]) -> Machine:
+    kind, board = file.document["kind"], file.document["board"]
+    if kind == "machine":
+        return Machine(config, image=file.snapshot.memory)
+    if kind != "pc" or not isinstance(board, dict):
+        raise SnapshotError(f"{file.path}: a machine of kind {str(kind)[:20]!r} is unknown")
+    options = dict(board)
+    boot = _boot_config(options.pop("boot", None), file.path)
+    _BOARD.check(f"{file.path}: board", 1, options)
+    return Pc(boot, config, image=file.snapshot.memory, **{**options, **overrides})
+
+
+def _boot_config(saved: object, path: str) -> BootConfig | None:
+    """What a reset of the machine loads again; the files are not looked at now."""
+    if saved is None:
+        return None
+    if not isinstance(saved, dict) or saved.keys() != _BOOT.keys():
+        raise SnapshotError(f"{path}: what it boots is malformed")
+    for name, kind in _BOOT.items():
+        if saved[name] is not None and not kind.accepts(saved[name]):
+            raise SnapshotError(f"{path}: what it boots is malformed: {name} is not {kind.what}")
+    modules = [(name, arguments) for name, arguments in saved["modules"] or ()]
+    rest = {name: value for name, value in saved.items() if name not in ("kernel", "modules")}
+    try:
+        return BootConfig(saved["kernel"], modules=modules, **rest)
+    except UsageError as error:
+        raise SnapshotError(f"{path}: what it boots is malformed: {error}") from None
+
+
+def _check_tsc(machine: Machine, file: SnapshotFile) -> None:
+    """A guest that measured its TSC must find the same one."""
+    for vcpu, part in zip(machine.vcpus, file.snapshot.vcpus, strict=True):
+        saved, ours = part.state["tsc_khz"], vcpu.fd.get_tsc_khz()
+        if saved and ours and abs(saved - ours) * 1_000_000 > TSC_TOLERANCE_PPM * ours:
+            try:
+                vcpu.fd.set_tsc_khz(saved)
+            except HostError:
+                raise SnapshotError(
+                    f"{file.path}: its TSC runs at {saved} kHz; this host's runs at {ours} kHz and cannot be scaled"
+                ) from None
