@@ -84,6 +84,7 @@ OPTIONS = (
     Option("--hugepages", "", "back RAM with transparent huge pages"),
     Option("--serial", "WHERE", "COM1, and repeated COM2 to COM4: stdio, file:PATH, pty or none", many=True),
     Option("--debug-exit", "", "isa-debug-exit at port 0xf4: the guest's write ends the run with its code"),
+    Option("--coverage", "FILE", "basic blocks that an ELF kernel executed: FILE.info for lcov, else drcov"),
     Option("--gdb", "WHERE", "serve gdb at [HOST:]PORT (port 0: a free one) or unix:PATH"),
     Option("--gdb-wait", "", "run no instruction before a gdb has come and gone on"),
     Option("--gdb-arch", "BITS", "tell gdb of a CPU of 16, 32 or 64 bits (default: by the guest's mode then)"),
@@ -262,6 +263,9 @@ def _session(pc: Pc, plan: list[str], values: dict[str, Any], signals: _Signals)
             from pykvm.cli.consoleport import open_consoles
 
             open_consoles(pc, ports, capture=values["json"])
+        coverage = pc.coverage() if values["coverage"] is not None else None
+        if coverage is not None and values["coverage"].endswith(".info"):
+            coverage.check_lines()
         if values["gdb"] is not None:
             server = pc.gdb_server(values["gdb"], wait=bool(values["gdb_wait"]), arch=values["gdb_arch"] or "auto")
             say(f"gdb: target remote {server.address}")
@@ -280,6 +284,10 @@ def _session(pc: Pc, plan: list[str], values: dict[str, Any], signals: _Signals)
                 port.close()
         finally:
             raw.leave()
+    if coverage is not None:
+        coverage.stop()
+        coverage.write(values["coverage"])
+        say(f"coverage: {len(coverage.hit)} of {len(coverage.blocks)} blocks, in {values['coverage']}")
     if signals.number:
         return 128 + signals.number
     _report(pc, outcome, values)

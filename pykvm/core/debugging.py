@@ -23,6 +23,7 @@ class Debugging:
 
     _debugger: Debugger | None = None
     _symbols: Symbols | None = None
+    _gdb: GdbServer | None = None
 
     def planted_traps(self) -> Traps | None:
         """The software breakpoints in guest memory, if there are any."""
@@ -144,11 +145,14 @@ class Debugging:
         Raises ConfigError.
         """
         from pykvm.debug.gdbstub.server import GdbServer
+        from pykvm.errors import ConfigError
 
-        server = GdbServer(self, where, arch=arch)  # type: ignore[arg-type]
+        if self._gdb is not None and not self._gdb.closed:
+            raise ConfigError("gdb", f"this machine has a gdb server already, at {self._gdb.address}")
+        self._gdb = GdbServer(self, where, arch=arch)  # type: ignore[arg-type]
         if wait:
             self.hold()  # type: ignore[attr-defined]
-        return server
+        return self._gdb
 
     def step_vcpu(self, vcpu: Vcpu) -> Outcome | None:
         """`Vcpu.step`."""

@@ -114,5 +114,17 @@ class Coverage:
         """Blocks in DynamoRIO's drcov format, for lighthouse, Binary Ninja, Ghidra."""
         write_whole(path, drcov(self))
 
+    def check_lines(self) -> None:
+        """Raises ConfigError where the file has no line numbers, which lcov needs."""
+        if not any(self.symbols.line(address) for address in self.blocks):
+            raise ConfigError("coverage", f"{self.path} has no line numbers: compile it with -g, or write drcov")
+
+    def write(self, path: str) -> None:
+        """lcov into a file whose name ends in .info, drcov into any other."""
+        if path.endswith(".info"):
+            self.write_lcov(path)
+        else:
+            self.write_drcov(path)
+
     def __repr__(self) -> str:
         return f"<Coverage {len(self.hit)} of {len(self.blocks)} blocks, {len(self.skipped)} not watched>"

@@ -55,6 +55,7 @@ def drcov(coverage: Coverage) -> bytes:
 
 def lcov(coverage: Coverage) -> str:
     """Lines with 1 when a block with code of theirs was executed, else 0; functions likewise."""
+    coverage.check_lines()
     lines: dict[str, dict[int, int]] = {}
     functions: dict[str, dict[str, tuple[int, int]]] = {}
     skipped = {block.address for block in coverage.skipped}
@@ -68,8 +69,6 @@ def lcov(coverage: Coverage) -> str:
         place = coverage.symbols.line(block.symbol.address)
         if place is not None and block.address == block.symbol.address:
             functions.setdefault(place[0], {})[block.symbol.name] = (place[1], hit)
-    if not lines:
-        raise ConfigError("coverage", f"{coverage.path} has no line numbers: compile it with -g, or write drcov")
     out = ["TN:"]
     for file in sorted(lines):
         out += _record(file, lines[file], functions.get(file, {}))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import subprocess
 from pathlib import Path
 
+import command
 import guests
 import pytest
 
@@ -114,6 +116,22 @@ def test_drcov(kernel: Path, tmp_path: Path) -> None:
     base = int(lines[-2].split(",")[1], 16)
     found = {(base + offset, size, module) for offset, size, module in struct.iter_unpack("<IHH", entries)}
     assert found == {(address, coverage.blocks[address].size, 0) for address in coverage.hit}
+
+
+def test_command_line(kernel: Path, images: Path, tmp_path: Path) -> None:
+    """`pykvm start --coverage FILE` writes the file at the end; one that cannot be had is refused first."""
+    for name, head in (("guest.info", b"TN:\n"), ("guest.drcov", b"DRCOV VERSION: 2\n")):
+        done = command.start("--coverage", tmp_path / name, "--debug-exit", kernel)
+        assert done.returncode == 3
+        assert re.search(r"^pykvm: coverage: \d+ of \d+ blocks, in .*guest", done.stderr, re.MULTILINE)
+        assert (tmp_path / name).read_bytes().startswith(head)
+    done = command.start("--coverage", tmp_path / "none", images / "hello.bin")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no ELF file" in done.stderr
+    done = command.start("--coverage", tmp_path / "x.info", "--debug-exit", images / "smp.elf")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "compile it with -g" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["guest.drcov", "guest.info"]
 
 
 def test_several_vcpus() -> None:

@@ -176,6 +176,24 @@ def test_monitor_commands() -> None:
         assert "walk: invalid literal" in output
 
 
+def test_monitor_snapshot_and_restore() -> None:
+    """A kept state comes back with its registers and memory, breakpoints stay, and the guest goes on from there."""
+    with guests.pc("hello64.elf") as vm:
+        output = gdb(
+            vm, "break next", "continue", "monitor snapshot here", "stepi", "stepi", "set $rsi = 0",
+            "set var *(char *)&message = 'J'", "monitor restore here", "maintenance flush register-cache",
+            "p $pc == next", "x/s message", "monitor restore there", "stepi", "continue", "delete", "detach",
+            symbols="hello64.elf",
+        )  # fmt: skip
+        address = vm.symbols["next"]
+        lines(output, "snapshot here: done", "restore here: done; now: maintenance flush register-cache", "$1 = 1")
+        assert '"Hello from long mode\\r\\n"' in output
+        assert "no snapshot 'there'; there are: here" in output
+        assert output.count(f"Breakpoint 1, 0x{address:016x} in next ()") == 2
+        assert vm.wait(gdbs.SECONDS) == Outcome.HALTED
+        assert guests.text(vm) == "Hello from long mode\n"
+
+
 def test_physical_memory() -> None:
     """Qqemu.PhyMemMode turns addresses into physical ones and back."""
     with guests.pc("hello64.elf") as vm:

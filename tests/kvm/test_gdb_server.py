@@ -328,8 +328,8 @@ def test_unix_socket(tmp_path: Path) -> None:
         server = vm.gdb_server(f"unix:{path}")
         assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
         assert Peer(server).ask(b"qC") == b"QC1"
-        with pytest.raises(ConfigError, match="exists already"):
-            vm.gdb_server(f"unix:{path}")
+        with machine(HLT) as other, pytest.raises(ConfigError, match="exists already"):
+            other.gdb_server(f"unix:{path}")
     assert not path.exists()
     dead = socket.socket(socket.AF_UNIX)
     dead.bind(str(path))
@@ -340,6 +340,17 @@ def test_unix_socket(tmp_path: Path) -> None:
     with machine(HLT) as vm, pytest.raises(ConfigError, match="exists already"):
         vm.gdb_server(f"unix:{path}")
     assert path.read_text() == "precious"
+
+
+def test_one_server_for_a_machine(vm: Machine, server: GdbServer, peer: Peer) -> None:
+    """A second server is refused; closing the first one sends its client away, lets the guest go on and makes room."""
+    with pytest.raises(ConfigError, match="a gdb server already"):
+        vm.gdb_server()
+    assert not moves(vm)
+    server.close()
+    assert peer.receive() == b"X0f"
+    assert moves(vm)
+    assert Peer(vm.gdb_server()).ask(b"qC") == b"QC1"
 
 
 def test_addresses() -> None:

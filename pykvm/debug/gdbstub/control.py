@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pykvm.core.outcome import Outcome
     from pykvm.core.vcpu import Vcpu
     from pykvm.debug.breakpoints import Breakpoint
+    from pykvm.snapshot.state import Snapshot
 
 SIGINT, SIGILL, SIGTRAP, SIGSEGV = 2, 4, 5, 11  # gdb's numbers are those of Linux here
 
@@ -47,6 +48,7 @@ class Control:
         self.attached = False
         self.stops: deque[Stop] = deque()
         self.crash: Outcome | None = None
+        self.snapshots: dict[str, Snapshot] = {}  # of `monitor snapshot`
         self._wake = wake
         self._points: dict[tuple[int, int, int], list[Breakpoint]] = {}
         machine.keep_crash = self._keep_crash

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     Command = Callable[[Session, list[str]], str]
 
+DEFAULT_NAME = "1"
+MAX_SNAPSHOTS = 16  # each may hold all of the guest's memory
+
 
 def run_command(session: Session, line: str) -> str:
     """What `monitor LINE` prints; errors are text as well."""
@@ -77,23 +80,24 @@ def set_arch(session: Session, words: list[str]) -> str:
 
 
 def save(session: Session, words: list[str]) -> str:
-    """save the machine's state to a file"""
-    return _call(session, "snapshot", words)
+    """keep the machine's state under a name, in memory"""
+    kept = session.control.snapshots
+    name = words[0] if words else DEFAULT_NAME
+    if len(kept) >= MAX_SNAPSHOTS and name not in kept:
+        return f"there are {MAX_SNAPSHOTS} already: take one of their names ({', '.join(kept)})"
+    kept[name] = session.machine.snapshot()
+    return f"snapshot {name}: done"
 
 
 def restore(session: Session, words: list[str]) -> str:
-    """put the machine back to a saved state"""
-    return _call(session, "restore", words)
-
-
-def _call(session: Session, name: str, words: list[str]) -> str:
-    method = getattr(session.machine, name, None)
-    if method is None:
-        return f"this machine has no {name}"
-    if len(words) != 1:
-        return f"monitor {name} FILE"
-    method(words[0])
-    return f"{name} {words[0]}: done"
+    """put the machine back into a kept state"""
+    kept = session.control.snapshots
+    name = words[0] if words else DEFAULT_NAME
+    if name not in kept:
+        return f"no snapshot {name!r}; there are: {', '.join(kept) or 'none'}"
+    session.machine.restore(kept[name])
+    session.machine.start()  # it is held: nothing runs before gdb says so
+    return f"restore {name}: done; now: maintenance flush register-cache"
 
 
 COMMANDS: dict[str, Command] = {
@@ -111,6 +115,6 @@ USAGE = {
     **{name: name for name in COMMANDS},
     "walk": "walk ADDRESS",
     "arch": "arch BITS",
-    "snapshot": "snapshot FILE",
-    "restore": "restore FILE",
+    "snapshot": "snapshot [NAME]",
+    "restore": "restore [NAME]",
 }

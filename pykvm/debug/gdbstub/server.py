@@ -64,8 +64,13 @@ class GdbServer:
             if self._wake_fd >= 0:
                 os.eventfd_write(self._wake_fd, 1)
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called, or the machine's."""
+        return self._closing
+
     def close(self) -> None:
-        """Send a connected gdb away and end the thread; again without effect."""
+        """Send a connected gdb away and end the thread; the machine goes on. Again without effect."""
         self._closing = True
         self._wake()
         if self._thread is not threading.current_thread():
@@ -128,6 +133,8 @@ class GdbServer:
             if self._session is not None:
                 self._session.closing()
                 self._drop(resume=False)
+            if not self.machine.closed:
+                self.machine.release()
         finally:
             self._close_files()
 
