@@ -40,6 +40,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--pykvm-artifacts", metavar="DIR", help="save console, registers and crash report of failed tests' machines"
     )
     group.addoption(
+        "--pykvm-artifact-snapshots",
+        action="store_true",
+        help="with --pykvm-artifacts: a snapshot file of each machine too, to look at with a debugger",
+    )
+    group.addoption(
         "--pykvm-require", action="store_true", help="an error instead of a skip where /dev/kvm cannot be used"
     )
     for name, text in INI.items():

@@ -30,14 +30,15 @@ def tell(machines: Machines, report: pytest.TestReport) -> None:
     named = list(machines.named)
     if machines.booted_as is not None and not named:
         named.append(("boot", machines.booted_as))
-    option = machines.item.config.getoption("--pykvm-artifacts")
+    config = machines.item.config
+    option, snapshot = config.getoption("--pykvm-artifacts"), config.getoption("--pykvm-artifact-snapshots")
     for name, machine in named:
         text = describe(machine)
         if machines.booted_as is not None and machine is not machines.booted_as:
             text += "".join(f"\n{row}" for row in _console(machines.booted_as, BOOT_LINES, "before the fork"))
         if option:
-            folder = machines.item.config.invocation_params.dir / option / folder_name(report.nodeid)
-            text += f"\nartifacts: {save(machine, folder / name.replace(' ', '-'))}"
+            folder = config.invocation_params.dir / option / folder_name(report.nodeid) / name.replace(" ", "-")
+            text += f"\nartifacts: {save(machine, folder, snapshot=snapshot)}"
         report.sections.append((f"pykvm {name}", text))
 
 
@@ -124,7 +125,7 @@ def folder_name(nodeid: str) -> str:
     return f"{plain[:MAX_NAME]}-{hashlib.sha256(nodeid.encode()).hexdigest()[:8]}"
 
 
-def save(machine: Pc, folder: Path) -> str:
+def save(machine: Pc, folder: Path, *, snapshot: bool) -> str:
     """Write what is known of a machine into `folder`; the folder's name, or what went wrong."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,6 +135,8 @@ def save(machine: Pc, folder: Path) -> str:
         if outcome is not None and outcome.report is not None:
             (folder / "crash.txt").write_text(outcome.report.text())
             _write_json(folder / "crash.json", outcome.report.as_dict())
+        if snapshot:
+            machine.save(str(folder / "snapshot.pykvm"))
     except Exception as problem:
         return f"{folder} (incomplete: {problem})"
     return str(folder)

@@ -9,6 +9,8 @@ from pathlib import Path
 import cguest
 import pytest
 
+from pykvm import restore_file
+
 # pytester forgets after each run what was imported in it: these stay
 for _name in ("board", "debug.breakpoints", "debug.elfsymbols", "debug.render", "debug.stats", "testing.report"):
     import_module(f"pykvm.{_name}")
@@ -152,6 +154,27 @@ def test_a_failed_test_tells_of_its_guest(project: pytest.Pytester, kernel: str)
     state = json.loads((folder / "vm" / "machine.json").read_text())
     assert state["outcome"]["kind"] == "CRASH"
     assert state["vcpus"][0]["registers"]["rip"] == "0xfd000000"
+
+
+def test_artifacts_may_have_a_snapshot(project: pytest.Pytester) -> None:
+    """With --pykvm-artifact-snapshots the failed test's machine is saved, to be looked at or to run on."""
+    run(
+        project,
+        """
+        def test_it(booted_vm):
+            assert booted_vm.call("touch") == 1
+            booted_vm.console.send("x")
+            booted_vm.console.expect("x ok")
+            assert booted_vm.memory.read_u32(booted_vm.symbols["touched"]) == 2
+        """,
+        "--pykvm-artifacts=saved",
+        "--pykvm-artifact-snapshots",
+    ).assert_outcomes(failed=1)
+    (path,) = (project.path / "saved").glob("*/vm/snapshot.pykvm")
+    with restore_file(str(path)) as machine:
+        assert machine.call("touch") == 2
+        machine.console.send("y")
+        machine.console.expect("y ok")
 
 
 def test_a_passed_test_leaves_nothing(project: pytest.Pytester) -> None:
