@@ -21,6 +21,7 @@ ROOT = HERE.parent
 SOURCES = (
     "runloop.c",
     "kick.c",
+    "trace.c",
     "dynlib.c",
     "virtio.c",
     "guestmem.c",
@@ -34,6 +35,7 @@ SOURCES = (
 )
 LOCAL_HEADERS = (
     "runloop.h",
+    "trace.h",
     "dynlib.h",
     "virtio.h",
     "guestmem.h",
@@ -47,10 +49,12 @@ LOCAL_HEADERS = (
 )
 
 HEADERS = (
+    "asm/unistd.h",
     "linux/falloc.h",
     "linux/fs.h",
     "linux/if_tun.h",
     "linux/kvm.h",
+    "linux/ptrace.h",
     "linux/virtio_balloon.h",
     "linux/virtio_blk.h",
     "linux/virtio_config.h",
@@ -62,7 +66,7 @@ HEADERS = (
     "linux/virtio_vsock.h",
 )
 INCLUDES = "".join(f"#include <{name}>\n" for name in HEADERS)
-PREFIXES = ("KVM_", "VIRTIO_", "VRING_", "BLK", "FALLOC_", "IFF_", "TUN")
+PREFIXES = ("KVM_", "VIRTIO_", "VRING_", "BLK", "FALLOC_", "IFF_", "TUN", "PTRACE_", "__NR_ioctl", "__NR_mmap")
 
 TYPES = """
 typedef uint8_t __u8; typedef uint16_t __u16; typedef uint32_t __u32; typedef unsigned long long __u64;
@@ -98,6 +102,17 @@ def constants_of(macros: list[str]) -> list[str]:
     return [name for number, name in enumerate(names, start=1 + len(HEADERS)) if number not in broken]
 
 
+def kvm_ioctls(names: list[str]) -> str:
+    """A C string with a line "NAME type" for each KVM ioctl among `names`: what its argument points to, by the header.
+
+    The type is "void" for an ioctl that takes a number or nothing.
+    """
+    listing = compile_c("-E", "-dM", source="#include <linux/kvm.h>\n")
+    found = re.findall(r"^#define (KVM_\w+) _IOW?R?\(KVMIO, *\w+(?:, *([\w ]+))?\)", listing.stdout, re.MULTILINE)
+    known = set(names)
+    return "".join(f'"{name} {kind or "void"}\\n"\n' for name, kind in sorted(found) if name in known)
+
+
 def select(source: str, macros: list[str]) -> str:
     """Resolve the #ifdef/#endif sections of the cdef (not nested) against the header."""
     kept: list[str] = []
@@ -115,12 +130,16 @@ def select(source: str, macros: list[str]) -> str:
 def make_builder() -> FFI:
     """The configured cffi builder."""
     macros = header_macros()
-    constants = "\n".join(f"#define {name} ..." for name in constants_of(macros))
+    names = constants_of(macros)
+    constants = "\n".join(f"#define {name} ..." for name in names)
     builder = FFI()
     builder.cdef(TYPES + constants + "\n" + select((HERE / "kvm.cdef.h").read_text(), macros))
     builder.set_source(
         "pykvm._native",
-        "#include <sys/mman.h>\n" + INCLUDES + "".join(f'#include "{name}"\n' for name in LOCAL_HEADERS),
+        "#include <sys/mman.h>\n"
+        + INCLUDES
+        + "".join(f'#include "{name}"\n' for name in LOCAL_HEADERS)
+        + f"static const char pk_kvm_ioctls[] =\n{kvm_ioctls(names)};\n",
         sources=[os.path.relpath(HERE / name, ROOT) for name in SOURCES],
         include_dirs=[os.path.relpath(HERE, ROOT)],
         depends=[os.path.relpath(HERE / name, ROOT) for name in (*LOCAL_HEADERS, "kvm.cdef.h")],

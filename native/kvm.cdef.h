@@ -145,6 +145,34 @@ struct pk_vcpu {
     ...;
 };
 
+/* -- tracing: exits (trace.h), other processes (<linux/ptrace.h>) ------------------------------------------------ */
+struct pk_trace_record {
+    uint64_t left_ns, guest_ns, outside_ns, rip, address, value;
+    uint32_t lost, elements;
+    uint16_t vcpu;
+    uint8_t reason, size, flags;
+    ...;
+};
+struct pk_trace { uint64_t written, lost; ...; };
+#define PK_TRACE_WRITE ...
+#define PK_TRACE_IN_C ...
+#define PK_TRACE_LAST ...
+#define PK_TRACE_END ...
+struct pk_trace *pk_trace_new(uint32_t capacity, uint16_t vcpu, int eventfd);
+void pk_trace_free(struct pk_trace *trace);
+void pk_trace_use(struct pk_vcpu *vcpu, struct pk_trace *trace, int rip);
+int64_t pk_trace_drain(struct pk_trace *trace, int fd);
+void pk_trace_finish(struct pk_trace *trace);
+static const char pk_kvm_ioctls[]; /* lines of "NAME type of the argument", by build.py from the header */
+struct ptrace_syscall_info {
+    __u8 op;
+    union {
+        struct { __u64 nr; __u64 args[6]; } entry;
+        struct { __s64 rval; __u8 is_error; } exit;
+    };
+    ...;
+};
+
 #define MAP_NORESERVE ... /* Python's mmap module has it from 3.13 on */
 
 #define PK_TO_PYTHON ...

@@ -247,9 +247,13 @@ static int enter(struct pk_vcpu *vcpu) {
         if (vcpu->left_at)
             vcpu->outside_ns += entered_at - vcpu->left_at;
     }
+    if (vcpu->trace)
+        pk_trace_enter(vcpu->trace);
     do
         result = ioctl(vcpu->fd, KVM_RUN, 0) < 0 ? -errno : 0;
     while (result == -EAGAIN);
+    if (vcpu->trace)
+        pk_trace_leave(vcpu->trace, vcpu->run, result);
     if (vcpu->stats_enabled) {
         vcpu->left_at = now_ns();
         vcpu->guest_ns += vcpu->left_at - entered_at;
@@ -276,6 +280,8 @@ static int64_t run_until_exit(struct pk_vcpu *vcpu) {
             count_access(vcpu, &access);
         if (!answer(__atomic_load_n(&vcpu->table, __ATOMIC_ACQUIRE), &access))
             return key_of(vcpu, &access);
+        if (vcpu->trace)
+            pk_trace_answered(vcpu->trace);
     }
 }
 
@@ -307,7 +313,11 @@ int64_t pk_run(struct pk_vcpu *vcpu) {
 int64_t pk_settle(struct pk_vcpu *vcpu) {
     uint64_t kicks = __atomic_load_n(&vcpu->kicks, __ATOMIC_SEQ_CST);
     __atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
+    if (vcpu->trace)
+        vcpu->trace->settling = 1;
     int64_t key = pk_run(vcpu);
+    if (vcpu->trace)
+        vcpu->trace->settling = 0;
     if (key == -EINTR)
         vcpu->exits[KVM_EXIT_INTR]--; /* our own, no exit of the guest's */
     else

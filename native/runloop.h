@@ -7,6 +7,8 @@
 #ifndef PYKVM_RUNLOOP_H
 #define PYKVM_RUNLOOP_H
 
+#include "trace.h"
+
 #include <linux/kvm.h>
 #include <pthread.h>
 #include <stddef.h>
@@ -80,6 +82,8 @@ struct pk_vcpu {
     uint64_t guest_ns, outside_ns, left_at;
     struct pk_stat *stats; /* PK_STAT_SLOTS, open addressing */
     uint64_t stats_lost;
+
+    struct pk_trace *trace; /* NULL: exits are not recorded */
 };
 
 /*

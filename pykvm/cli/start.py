@@ -26,14 +26,20 @@ from pykvm.errors import ConfigError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import FrameType
-    from typing import Any
+    from typing import Any, Protocol
 
     from pykvm.board import Pc
     from pykvm.cli.serialport import SerialPort
     from pykvm.core.outcome import Outcome
     from pykvm.virtio.device import VirtioDevice
+
+    class Observer(Protocol):
+        """What watches a run from its start to its end."""
+
+        def close(self) -> object: ...
+        def text(self) -> str: ...
 
 
 def _seconds(text: str) -> float:
@@ -114,6 +120,7 @@ OPTIONS = (
     ),
     Option("--virtio-cmdline", "", "announce virtio devices on the kernel's command line instead of by ACPI"),
     Option("--timeout", "S", "stop after S seconds with status 124", convert=_seconds),
+    Option("--trace", "FILE", "record every exit; `pykvm trace` shows, sums and exports FILE"),
     Option("--stats", "", "print exit statistics at the end"),
     Option("--json", "", "print one JSON document with outcome and console instead of the console"),
     Option(
@@ -170,10 +177,10 @@ class _Signals:
             self._stop()
 
 
-def run(argv: list[str]) -> int:
-    """Boot, wait, report; the exit status."""
+def run(argv: list[str], parser: Parser = PARSER, observers: Sequence[Callable[[Pc], Observer]] = ()) -> int:
+    """Boot, wait, report; the exit status. `observers` are made before the guest runs, and closed after it."""
     try:
-        values, rest = PARSER.parse(argv)
+        values, rest = parser.parse(argv)
     except HelpWanted as wanted:
         print(wanted)
         return 0
@@ -195,7 +202,33 @@ def run(argv: list[str]) -> int:
         devices=_devices(values),
         virtio_cmdline=values["virtio_cmdline"],
     ) as pc:
-        return _session(pc, serial, values, signals)
+        return _session(pc, serial, values, signals, [*_observers(values), *observers])
+
+
+class _CoverageFile:
+    """--coverage: an Observer that writes the file at the end."""
+
+    def __init__(self, pc: Pc, path: str) -> None:
+        self._coverage = pc.coverage()
+        self._path = path
+        if path.endswith(".info"):
+            self._coverage.check_lines()
+
+    def close(self) -> None:
+        self._coverage.stop()
+
+    def text(self) -> str:
+        self._coverage.write(self._path)
+        return f"coverage: {len(self._coverage.hit)} of {len(self._coverage.blocks)} blocks, in {self._path}"
+
+
+def _observers(values: dict[str, Any]) -> list[Callable[[Pc], Observer]]:
+    makers: list[Callable[[Pc], Observer]] = []
+    if values["coverage"] is not None:
+        makers.append(lambda pc: _CoverageFile(pc, values["coverage"]))
+    if values["trace"] is not None:
+        makers.append(lambda pc: pc.trace_exits(values["trace"]))
+    return makers
 
 
 def _configs(values: dict[str, Any], rest: list[str]) -> tuple[BootConfig, MachineConfig]:
@@ -246,9 +279,16 @@ def _serial_plan(wanted: list[str], *, capture: bool, taken: bool) -> list[str]:
     return ["captured" if where == "stdio" and capture else where for where in plan]
 
 
-def _session(pc: Pc, plan: list[str], values: dict[str, Any], signals: _Signals) -> int:
+def _session(
+    pc: Pc,
+    plan: list[str],
+    values: dict[str, Any],
+    signals: _Signals,
+    makers: Sequence[Callable[[Pc], Observer]],
+) -> int:
     raw = RawMode(0)
     ports: list[SerialPort] = []
+    observers: list[Observer] = []
 
     def stop() -> None:
         for port in ports:
@@ -263,12 +303,10 @@ def _session(pc: Pc, plan: list[str], values: dict[str, Any], signals: _Signals)
             from pykvm.cli.consoleport import open_consoles
 
             open_consoles(pc, ports, capture=values["json"])
-        coverage = pc.coverage() if values["coverage"] is not None else None
-        if coverage is not None and values["coverage"].endswith(".info"):
-            coverage.check_lines()
         if values["gdb"] is not None:
             server = pc.gdb_server(values["gdb"], wait=bool(values["gdb_wait"]), arch=values["gdb_arch"] or "auto")
             say(f"gdb: target remote {server.address}")
+        observers.extend(make(pc) for make in makers)
         if "stdio" in plan or _console_on_stdio(values):
             raw.enter()
         pc.start()
@@ -280,20 +318,24 @@ def _session(pc: Pc, plan: list[str], values: dict[str, Any], signals: _Signals)
             stop()
             pc.stop()
             pc.console.flush()
-            for port in ports:
-                port.close()
+            _close(observers, ports)
         finally:
             raw.leave()
-    if coverage is not None:
-        coverage.stop()
-        coverage.write(values["coverage"])
-        say(f"coverage: {len(coverage.hit)} of {len(coverage.blocks)} blocks, in {values['coverage']}")
+    for observer in observers:
+        say(observer.text())
     if signals.number:
         return 128 + signals.number
     _report(pc, outcome, values)
     for port in ports:
         port.check()
     return outcome.exit_status
+
+
+def _close(observers: Sequence[Observer], ports: Sequence[SerialPort]) -> None:
+    for observer in observers:
+        observer.close()
+    for port in ports:
+        port.close()
 
 
 def _wait(pc: Pc, timeout: float | None) -> Outcome:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pykvm.debug.exittrace import OnEvent, Trace
     from pykvm.debug.gdbstub.server import GdbServer
     from pykvm.debug.symbols import Symbols
+    from pykvm.debug.trace.exittrace import ExitTrace
     from pykvm.debug.traps import Traps
 
 
@@ -153,6 +154,15 @@ class Debugging:
         if wait:
             self.hold()  # type: ignore[attr-defined]
         return self._gdb
+
+    def trace_exits(self, path: str) -> ExitTrace:
+        """Write every exit to the file `path` from now on, until its `close` or the machine's; while paused.
+
+        `pykvm.debug.trace.tracefile` documents the file and reads it. Raises UsageError where it cannot be made.
+        """
+        from pykvm.debug.trace.exittrace import ExitTrace
+
+        return ExitTrace(self, path)  # type: ignore[arg-type]
 
     def step_vcpu(self, vcpu: Vcpu) -> Outcome | None:
         """`Vcpu.step`."""

@@ -1,0 +1,1 @@
+"""Exit traces: writing, reading, summing and exporting them; following other KVM processes."""
