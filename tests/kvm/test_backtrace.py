@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
+import ckernel
 import pytest
 
 from pykvm import Outcome, Pc
@@ -31,14 +31,7 @@ void kernel(void) {
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A 32-bit kernel with frame pointers and DWARF."""
-    folder = tmp_path_factory.mktemp("kernel")
-    source, image = folder / "kernel.c", folder / "kernel.elf"
-    source.write_text(SOURCE)
-    flags = "-m32 -march=i386 -g -O1 -ffreestanding -fno-pic -fno-stack-protector -fcf-protection=none"
-    flags += " -fno-omit-frame-pointer -fno-optimize-sibling-calls -nostdlib -static"
-    flags += " -Wl,-Ttext=0x100000,-e,kernel,--build-id=none"
-    subprocess.run(["gcc", *flags.split(), "-o", image, source], check=True)
-    return image
+    return ckernel.build(tmp_path_factory.mktemp("kernel"), SOURCE, "-O1", "-fno-omit-frame-pointer")
 
 
 def test_frames_symbols_lines(kernel: Path) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import struct
-import subprocess
 from pathlib import Path
 
+import ckernel
 import command
 import guests
 import pytest
@@ -42,13 +42,7 @@ void kernel(void) {
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A 32-bit kernel with DWARF; its source has the lines above."""
-    folder = tmp_path_factory.mktemp("kernel")
-    source, image = folder / "kernel.c", folder / "kernel.elf"
-    source.write_text(SOURCE)
-    flags = "-m32 -march=i386 -g -O1 -ffreestanding -fno-pic -fno-stack-protector -fcf-protection=none"
-    link = "-nostdlib -static -Wl,-Ttext=0x100000,-e,kernel,--build-id=none"
-    subprocess.run(["gcc", *flags.split(), *link.split(), "-o", image, source], check=True)
-    return image
+    return ckernel.build(tmp_path_factory.mktemp("kernel"), SOURCE, "-O1")
 
 
 def covered(image: Path, **options: object) -> tuple[Coverage, Pc]:

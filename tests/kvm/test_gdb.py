@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+from pathlib import Path
 
+import ckernel
 import gdb as gdbs
 import guests
 import pytest
 from gdb import gdb, lines
 from realmode import BASE, SPIN, machine
 
-from pykvm import Outcome
+from pykvm import Outcome, Pc
 from pykvm.debug.hostdebug import debug_support
 
 DETACHED = "[Inferior 1 (Remote target) detached]"
@@ -157,6 +159,40 @@ def test_a_crash_can_be_looked_at(ending: str, shown: str, kind: str) -> None:
         assert outcome is not None
         assert outcome.kind == kind
         assert outcome.report is not None
+
+
+SOURCE = """\
+volatile int total;
+__attribute__((noinline)) int add(int a, int b) {
+    int sum = a + b;
+    total += sum;
+    return sum;
+}
+void kernel(void) {
+    __asm__ volatile("mov $0x9000, %esp");
+    for (int i = 0; i < 5; i++)
+        add(i, 10 * i);
+    __asm__ volatile("outb %%al, $0xf4" : : "a"(total));
+    for (;;)
+        __asm__ volatile("hlt");
+}
+"""
+
+
+def test_source_level(tmp_path: Path) -> None:
+    """With the kernel's DWARF gdb breaks at lines, on conditions, walks lines, finishes functions, shows variables."""
+    image = ckernel.build(tmp_path, SOURCE, "-O0")
+    with Pc(str(image), memory="16M") as vm:
+        output = gdb(
+            vm, f"file {image}", "break add if a == 3", "continue", "print a + b", "next", "next", "print sum", "bt",
+            "finish", "print total", "delete", "set can-use-hw-watchpoints 0", "watch total", "continue",
+            "delete", "continue",
+        )  # fmt: skip
+        lines(output, "Breakpoint 1, add (a=3, b=30) at kernel.c:3", "$1 = 33", "$2 = 33")
+        assert re.search(r"#0 +add \(a=3, b=30\) at kernel.c:5\n#1 +0x\w+ in kernel \(\) at kernel.c:10", output)
+        lines(output, "Value returned is $3 = 33", "$4 = 66")
+        lines(output, "Watchpoint 2: total", "Old value = 66", "New value = 110")  # by single steps
+        assert vm.wait(gdbs.SECONDS) == Outcome("DEBUG_EXIT", 110)
 
 
 def test_monitor_commands() -> None:

@@ -11,12 +11,14 @@ from pathlib import Path
 from time import sleep
 
 import command
+import guests
 import pytest
 from realmode import BASE, HLT, SPIN, machine
 
 from pykvm import ConfigError, Machine, Outcome
+from pykvm.debug.gdbstub.listen import parse_address
 from pykvm.debug.gdbstub.rsp import encode
-from pykvm.debug.gdbstub.server import GdbServer, parse_address
+from pykvm.debug.gdbstub.server import GdbServer
 
 SECONDS = 60
 
@@ -319,6 +321,25 @@ def test_a_step_before_the_start() -> None:
         vm.start()
         assert peer.receive().startswith(b"T05thread:1;")
         assert vm.vcpus[0].regs.rip == 1
+
+
+def test_a_step_that_cannot_end_is_interrupted() -> None:
+    """A processor that waits for its SIPI executes nothing: the step of it ends by an interrupt, and all goes on."""
+    with guests.pc("smp.elf", "cpus=2", cpus=2) as vm:
+        server = vm.gdb_server(wait=True, arch="64")
+        vm.start()
+        peer = Peer(server)
+        assert peer.ask(b"Hg2") == b"OK"
+        peer.send(encode(b"vCont;s:2"))
+        while not vm.vcpus[1].running:
+            sleep(0.01)
+        assert not vm.vcpus[0].running
+        peer.send(b"\x03")
+        assert peer.receive().startswith(b"T02")
+        assert not moves(vm)
+        peer.send(encode(b"vCont;c"))
+        assert peer.receive() == b"W01"
+        assert guests.text(vm).endswith("smp: 2 of 2 cpus\n")
 
 
 def test_unix_socket(tmp_path: Path) -> None:

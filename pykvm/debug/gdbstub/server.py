@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import select
 import socket
-import stat
 import threading
 
 from pykvm import log
 from pykvm._native import lib
 from pykvm.debug.gdbstub.control import Control
+from pykvm.debug.gdbstub.listen import listen
 from pykvm.debug.gdbstub.session import Session
 from pykvm.debug.gdbstub.target import Layout
 from pykvm.errors import ConfigError, PykvmError
@@ -40,8 +40,7 @@ class GdbServer:
             raise ConfigError("gdb-arch", f"{arch!r} is none of auto, 16, 32, 64")
         self.machine = machine
         self.arch = arch
-        self.path = ""
-        self._listener, self.address = self._listen(where)
+        self._listener, self.address, self.path = listen(where)
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._lock = threading.Lock()  # guards _wake_fd against its closing
         self._closing = False
@@ -75,41 +74,6 @@ class GdbServer:
         self._wake()
         if self._thread is not threading.current_thread():
             self._thread.join(JOIN_S)
-
-    # -- the socket ---------------------------------------------------------------------------------------------
-
-    def _listen(self, where: str) -> tuple[socket.socket, str]:
-        try:
-            if where.startswith("unix:"):
-                return self._listen_unix(where.removeprefix("unix:"))
-            host, port = parse_address(where)
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            listener = socket.create_server((host, port), family=family, backlog=2)
-        except OSError as error:
-            raise ConfigError("gdb", f"cannot listen at {where}: {error.strerror or error}") from error
-        port = listener.getsockname()[1]
-        return listener, f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-    def _listen_unix(self, path: str) -> tuple[socket.socket, str]:
-        if not path:
-            raise ConfigError("gdb", "unix: needs a path")
-        if is_stale(path):
-            os.unlink(path)
-        elif os.path.lexists(path):
-            raise ConfigError("gdb", f"{path} exists already: remove it, or take another path")
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            mask = os.umask(0o177)  # whoever may connect can do anything to the guest
-            try:
-                listener.bind(path)
-            finally:
-                os.umask(mask)
-            listener.listen(2)
-        except BaseException:
-            listener.close()
-            raise
-        self.path = path
-        return listener, path
 
     def _close_files(self) -> None:
         self._listener.close()
@@ -263,32 +227,3 @@ def _is_elf64(path: str | None) -> bool:
             return file.read(5) == b"\x7fELF\x02"
     except OSError:
         return False
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """[HOST:]PORT; the host is this machine alone unless it is named. Raises ConfigError."""
-    host, colon, port = text.rpartition(":")
-    if not colon or (host == "" and text.startswith(":")):
-        host = "127.0.0.1"
-    host = host.removeprefix("[").removesuffix("]")
-    if not (port.isascii() and port.isdigit() and int(port) < 65536):
-        raise ConfigError("gdb", f"{text!r} is no address: write PORT, HOST:PORT or unix:PATH")
-    return host, int(port)
-
-
-def is_stale(path: str) -> bool:
-    """Whether `path` is the socket of a server that has died."""
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            return False
-    except OSError:
-        return False
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            return False
-    return False

@@ -1,28 +1,35 @@
-"""What gdb is told about the CPU, and how its registers travel. Layer: debug.
+"""What gdb is told about the CPU: a Layout for each width that a session can have. Layer: debug.
 
-One Layout for each width that a session can have. gdb takes the description when it connects; a guest that changes its
-mode later is shown through the same one.
+gdb takes the description when it connects; a guest that changes its mode later is shown through the same one.
 
 Source: GDB manual, appendix G "Target Descriptions", "i386 Features"; the register order is that of GDB's own
-features/i386. Formats: FXSAVE, Intel SDM vol. 1 10.5; XSAVE, vol. 1 13.4.
+features/i386.
 """
 
 from __future__ import annotations
 
-from pykvm.errors import UsageError
+from pykvm.debug.gdbstub.registers import (
+    AVX_OFFSET,
+    XSTATE_AVX,
+    XSTATE_SSE,
+    Register,
+    Snapshot,
+    area,
+    control,
+    general,
+    kernel_gs_base,
+    program_counter,
+    segment_base,
+    selector,
+    table_register,
+    x87,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from pykvm._native import CData
     from pykvm.core.vcpu import Vcpu
-
-XSTATE_BV = 512  # in the XSAVE header
-XSTATE_X87, XSTATE_SSE, XSTATE_AVX = 1 << 0, 1 << 1, 1 << 2
-FTW = 4
-AVX_OFFSET = 576  # of the upper halves in the standard format (CPUID leaf 0xD, subleaf 2, EBX)
-MSR_KERNEL_GS_BASE = 0xC0000102
 
 _GPR64 = (
     "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp",
@@ -33,79 +40,6 @@ _SEGMENTS = ("cs", "ss", "ds", "es", "fs", "gs")
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer")
 
 
-class Snapshot:
-    """All registers of one vCPU, read when first needed. `store` writes back what was changed."""
-
-    def __init__(self, vcpu: Vcpu) -> None:
-        self.fd = vcpu.fd
-        self._parts: dict[str, CData] = {}
-        self._changed: set[str] = set()
-        self._xsave: bytearray | None = None
-
-    def part(self, name: str, *, change: bool = False) -> CData:
-        """KVM's structure: regs or sregs."""
-        if name not in self._parts:
-            self._parts[name] = self.fd.get_regs() if name == "regs" else self.fd.get_sregs()
-        if change:
-            self._changed.add(name)
-        return self._parts[name]
-
-    @property
-    def xsave(self) -> bytearray:
-        """x87, SSE and AVX. (KVM_GET_FPU would do for most, but leaves out MXCSR.)"""
-        if self._xsave is None:
-            self._xsave = bytearray(self.fd.get_xsave())
-        return self._xsave
-
-    def use(self, component: int) -> None:
-        """A component of the XSAVE area was changed: it is no longer in its initial state."""
-        value = int.from_bytes(self.xsave[XSTATE_BV : XSTATE_BV + 8], "little") | component
-        self.xsave[XSTATE_BV : XSTATE_BV + 8] = value.to_bytes(8, "little")
-        self._changed.add("xsave")
-
-    def store(self) -> None:
-        """Write back, as few ioctls as can be. Raises KvmError when KVM refuses a value."""
-        if "sregs" in self._changed:
-            self.fd.set_sregs(self._parts["sregs"])
-        if "regs" in self._changed:
-            self.fd.set_regs(self._parts["regs"])
-        if "xsave" in self._changed:
-            self.fd.set_xsave(bytes(self.xsave))
-        self._changed.clear()
-
-
-class Register:
-    """One register as gdb sees it: name, size in bits, type, and how to get and set its bytes (little-endian)."""
-
-    __slots__ = ("bits", "get", "group", "name", "put", "type")
-
-    def __init__(
-        self,
-        name: str,
-        bits: int,
-        kind: str,
-        get: Callable[[Snapshot], int],
-        put: Callable[[Snapshot, int], None],
-        group: str = "",
-    ) -> None:
-        self.name = name
-        self.bits = bits
-        self.type = kind
-        self.group = group
-        self.get = get
-        self.put = put
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return self.bits // 8
-
-    def xml(self) -> str:
-        """Its line in the target description."""
-        group = f' group="{self.group}"' if self.group else ""
-        return f'<reg name="{self.name}" bitsize="{self.bits}" type="{self.type}"{group}/>'
-
-
 class Layout:
     """The registers of a session of `bits` 16, 32 or 64, in gdb's order."""
 
@@ -114,7 +48,7 @@ class Layout:
         self.avx = avx
         features = [("org.gnu.gdb.i386.core", _core(bits)), ("org.gnu.gdb.i386.sse", _sse(bits))]
         if bits == 64:
-            features.append(("org.gnu.gdb.i386.segments", [_segment_base("fs"), _segment_base("gs")]))
+            features.append(("org.gnu.gdb.i386.segments", [segment_base("fs"), segment_base("gs")]))
         if avx:
             features.append(("org.gnu.gdb.i386.avx", _avx(bits)))
         features.append(("org.pykvm.gdb.system", _system(bits)))
@@ -156,154 +90,39 @@ class Layout:
         values.store()
 
 
-# -- one function for each kind of register --------------------------------------------------------------------
-
-
-def _general(name: str, bits: int, field: str, kind: str) -> Register:
-    def put(values: Snapshot, value: int) -> None:
-        setattr(values.part("regs", change=True), field, value)
-
-    return Register(name, bits, kind, lambda values: int(getattr(values.part("regs"), field)), put)
-
-
-def _pc(bits: int) -> Register:
-    """The linear address of the next instruction: gdb knows no segments."""
-
-    def get(values: Snapshot) -> int:
-        cs = values.part("sregs").cs
-        linear: int = (0 if cs.l else cs.base) + values.part("regs").rip
-        return linear
-
-    def put(values: Snapshot, value: int) -> None:
-        cs = values.part("sregs").cs
-        base = 0 if cs.l else cs.base
-        values.part("regs", change=True).rip = (value - base) & ((1 << bits) - 1)
-
-    return Register("rip" if bits == 64 else "eip", bits, "code_ptr", get, put)
-
-
-def _selector(name: str) -> Register:
-    def put(values: Snapshot, value: int) -> None:
-        sregs = values.part("sregs", change=True)
-        if sregs.cr0 & 1 and not values.part("regs").rflags & 1 << 17:
-            raise UsageError("a selector cannot be loaded in protected mode: no descriptor is read")
-        segment = getattr(sregs, name)
-        segment.selector, segment.base = value & 0xFFFF, (value & 0xFFFF) << 4
-
-    return Register(name, 32, "int32", lambda values: int(getattr(values.part("sregs"), name).selector), put)
-
-
-def _area(name: str, kind: str, offset: int, size: int, component: int, *, bits: int = 0, group: str = "") -> Register:
-    """`size` bytes at `offset` of the XSAVE area, which gdb sees as `bits`."""
-
-    def get(values: Snapshot) -> int:
-        return int.from_bytes(values.xsave[offset : offset + size], "little")
-
-    def put(values: Snapshot, value: int) -> None:
-        values.xsave[offset : offset + size] = (value & (1 << size * 8) - 1).to_bytes(size, "little")
-        values.use(component)
-
-    return Register(name, bits or size * 8, kind, get, put, group)
-
-
-def _ftag() -> Register:
-    """The x87 tag word of FXSAVE's one-bit form: 00 in use, 11 empty (SDM vol. 1 10.5.1.1)."""
-
-    def get(values: Snapshot) -> int:
-        in_use = values.xsave[FTW]
-        return sum((0 if in_use >> index & 1 else 3) << 2 * index for index in range(8))
-
-    def put(values: Snapshot, value: int) -> None:
-        values.xsave[FTW] = sum((value >> 2 * index & 3 != 3) << index for index in range(8))
-        values.use(XSTATE_X87)
-
-    return Register("ftag", 32, "int", get, put, "float")
-
-
-def _x87() -> list[Register]:
-    def field(name: str, offset: int, size: int) -> Register:
-        return _area(name, "int", offset, size, XSTATE_X87, bits=32, group="float")
-
-    stack = [_area(f"st{index}", "i387_ext", 32 + 16 * index, 10, XSTATE_X87) for index in range(8)]
-    return [
-        *stack, field("fctrl", 0, 2), field("fstat", 2, 2), _ftag(), field("fiseg", 12, 2), field("fioff", 8, 4),
-        field("foseg", 20, 2), field("fooff", 16, 4), field("fop", 6, 2),
-    ]  # fmt: skip
-
-
-def _segment_base(name: str) -> Register:
-    def put(values: Snapshot, value: int) -> None:
-        getattr(values.part("sregs", change=True), name).base = value
-
-    return Register(f"{name}_base", 64, "int", lambda values: int(getattr(values.part("sregs"), name).base), put)
-
-
-def _control(name: str) -> Register:
-    kind = f"pykvm_{name}" if name in ("cr0", "cr4", "efer") else "int64"
-
-    def put(values: Snapshot, value: int) -> None:
-        setattr(values.part("sregs", change=True), name, value)
-
-    return Register(name, 64, kind, lambda values: int(getattr(values.part("sregs"), name)), put, "system")
-
-
-def _table(name: str, field: str) -> Register:
-    bits = 64 if field == "base" else 32
-
-    def get(values: Snapshot) -> int:
-        return int(getattr(getattr(values.part("sregs"), name), field))
-
-    def put(values: Snapshot, value: int) -> None:
-        table = getattr(values.part("sregs", change=True), name)
-        setattr(table, field, value & 0xFFFF if field == "limit" else value)
-
-    return Register(f"{name}_{field}", bits, f"int{bits}", get, put, "system")
-
-
-def _kernel_gs_base() -> Register:
-    def get(values: Snapshot) -> int:
-        return values.fd.get_msrs([MSR_KERNEL_GS_BASE]).get(MSR_KERNEL_GS_BASE, 0)
-
-    def put(values: Snapshot, value: int) -> None:
-        if values.fd.set_msrs({MSR_KERNEL_GS_BASE: value}):
-            raise UsageError("KVM refuses this base")
-
-    return Register("k_gs_base", 64, "int64", get, put, "system")
-
-
 def _core(bits: int) -> list[Register]:
     if bits == 64:
-        general = [_general(name, 64, name, "data_ptr" if name in ("rbp", "rsp") else "int64") for name in _GPR64]
+        first = [general(name, 64, name, "data_ptr" if name in ("rbp", "rsp") else "int64") for name in _GPR64]
     else:
-        general = [
-            _general(f"e{name[1:]}", 32, name, "data_ptr" if name in ("rbp", "rsp") else "int32") for name in _GPR32
+        first = [
+            general(f"e{name[1:]}", 32, name, "data_ptr" if name in ("rbp", "rsp") else "int32") for name in _GPR32
         ]
     return [
-        *general,
-        _pc(64 if bits == 64 else 32),
-        _general("eflags", 32, "rflags", "i386_eflags"),
-        *(_selector(name) for name in _SEGMENTS),
-        *_x87(),
+        *first,
+        program_counter(64 if bits == 64 else 32),
+        general("eflags", 32, "rflags", "i386_eflags"),
+        *(selector(name) for name in _SEGMENTS),
+        *x87(),
     ]
 
 
 def _sse(bits: int) -> list[Register]:
     count = 16 if bits == 64 else 8
-    vectors = [_area(f"xmm{index}", "vec128", 160 + 16 * index, 16, XSTATE_SSE) for index in range(count)]
-    return [*vectors, _area("mxcsr", "i386_mxcsr", 24, 4, XSTATE_SSE, group="vector")]
+    vectors = [area(f"xmm{index}", "vec128", 160 + 16 * index, 16, XSTATE_SSE) for index in range(count)]
+    return [*vectors, area("mxcsr", "i386_mxcsr", 24, 4, XSTATE_SSE, group="vector")]
 
 
 def _avx(bits: int) -> list[Register]:
     count = 16 if bits == 64 else 8
-    return [_area(f"ymm{index}h", "uint128", AVX_OFFSET + 16 * index, 16, XSTATE_AVX) for index in range(count)]
+    return [area(f"ymm{index}h", "uint128", AVX_OFFSET + 16 * index, 16, XSTATE_AVX) for index in range(count)]
 
 
 def _system(bits: int) -> list[Register]:
-    registers = [_control(name) for name in _CONTROL]
-    registers += [_table(name, field) for name in ("gdt", "idt") for field in ("base", "limit")]
+    registers = [control(name) for name in _CONTROL]
+    registers += [table_register(name, field) for name in ("gdt", "idt") for field in ("base", "limit")]
     if bits == 64:
-        registers.append(_kernel_gs_base())
+        registers.append(kernel_gs_base())
     else:
-        registers.append(_general("ip", 32, "rip", "int32"))  # without the base of CS, which eip includes
+        registers.append(general("ip", 32, "rip", "int32"))  # without the base of CS, which eip includes
         registers[-1].group = "system"
     return registers
