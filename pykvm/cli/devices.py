@@ -21,14 +21,15 @@ def _disk(text: str) -> VirtioDevice:
     from pykvm.virtio.blk import Disk
     from pykvm.virtio.rate import RATE_KEYS, parse_rate
 
-    path, words = split_spec("--disk", text, ("ro", "direct"), ("id", "queues", *RATE_KEYS))
+    path, words = split_spec("--disk", text, ("ro", "direct", "thread"), ("id", "queues", *RATE_KEYS))
     if not path:
-        raise UsageError("--disk: no file given: --disk FILE[,ro][,id=TEXT][,direct][,queues=N]")
+        raise UsageError("--disk: no file given: --disk FILE[,ro][,id=TEXT][,direct][,thread][,queues=N]")
     return Disk(
         path,
         readonly="ro" in words,
         id=words.get("id", ""),
         direct="direct" in words,
+        thread="thread" in words,
         queues=parse_int(words.get("queues", "1"), "queues"),
         limit=parse_rate(words),
     )

@@ -98,7 +98,7 @@ OPTIONS = (
     Option(
         "--disk",
         "FILE[,...]",
-        "disk of a raw image: FILE[,ro][,id=TEXT][,direct][,queues=N][,rate=..]; repeatable",
+        "disk of a raw image: FILE[,ro][,id=TEXT][,direct][,thread][,queues=N][,rate=..]; repeatable",
         many=True,
     ),
     Option(

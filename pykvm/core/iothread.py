@@ -62,6 +62,10 @@ class IoThread:
         self._native: CData = ffi.NULL  # struct pk_io *, once the thread was started
         self._wake_fd = -1
 
+    def sibling(self, name: str) -> IoThread:
+        """Another thread, for work that may block; its errors stop the same machine. The caller closes it."""
+        return IoThread(name, self._on_error)
+
     # -- from any thread ----------------------------------------------------------------------------------------
 
     def call_soon(self, callback: Callback) -> None:

@@ -74,6 +74,7 @@ class Disk(VirtioDevice):
     direct    past the host's page cache (O_DIRECT)
     queues    request queues, one for each CPU that shall have its own
     limit     a rate limit for bytes and requests; Python then serves them all
+    thread    an I/O thread of its own: a flush that takes long holds up no other device
     native    C serves what it can; False: Python does, as C's reference
 
     A writer has the image to itself: another one, of pykvm or QEMU, is refused. Raises ConfigError.
@@ -90,6 +91,7 @@ class Disk(VirtioDevice):
         direct: bool = False,
         queues: int = 1,
         limit: RateLimit | None = None,
+        thread: bool = False,
         native: bool = True,
     ) -> None:
         if not id.isascii() or len(id) > ID_BYTES or not id.isprintable():
@@ -107,7 +109,7 @@ class Disk(VirtioDevice):
         self.features |= _bits("RO") if readonly else _bits("DISCARD", "WRITE_ZEROES")
         if queues > 1:
             self.features |= _bits("MQ")
-        self.native = native
+        self.native, self.own_thread = native, thread
         self.errors = 0
         self._requests = dict.fromkeys(NAMES, 0)
         self._said: set[str] = set()

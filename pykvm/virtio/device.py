@@ -38,6 +38,7 @@ class VirtioDevice:
     features     device-specific feature bits offered; the transport adds VERSION_1, INDIRECT_DESC and EVENT_IDX
     queue_sizes  the maximum size of each queue, powers of two up to 1024
     external     a back end in another process serves the queues: nothing here polls their kick eventfds
+    own_thread   handlers run on an I/O thread of this device alone, for one whose requests may block
     native       C serves the queues as well: they and the lock are those of pykvm.virtio.native
     limit        a RateLimit that `on_notify` keeps to, or None
     """
@@ -47,6 +48,7 @@ class VirtioDevice:
     features = 0
     queue_sizes: Sequence[int] = ()
     external = False
+    own_thread = False
     native = False
     limit: RateLimit | None = None
     throttle: Throttle | None = None  # made by `bind` from `limit`

@@ -68,7 +68,7 @@ class VirtioMmio(Device):
         self.device = device
         self.name = device.name
         self.memory = memory
-        self.io = io
+        self.io = io.sibling(f"pykvm-{device.name}"[:15]) if device.own_thread else io
         self.base = base
         self.gsi = gsi
         self.lock: threading.RLock | NativeLock = threading.RLock()
@@ -92,7 +92,7 @@ class VirtioMmio(Device):
             raise
         if not device.external:
             for index, kick in enumerate(self.kicks):
-                io.add_reader(kick, self._on_ready[index])
+                self.io.add_reader(kick, self._on_ready[index])
 
     @property
     def interrupt_status(self) -> CData:
@@ -135,7 +135,9 @@ class VirtioMmio(Device):
             self._forget()
 
     def close(self) -> None:
-        """Release everything; the I/O thread has ended."""
+        """Release everything; the machine's I/O thread has ended."""
+        if self.device.own_thread:
+            self.io.close()
         for kick in self.kicks:
             self.io.remove_reader(kick)
         self.device.close()

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import struct
+import threading
 from typing import TYPE_CHECKING
 
 import command
@@ -36,6 +37,7 @@ def image(tmp_path: Path) -> Path:
         ("", {"native": False}, "polled"),
         ("bytes=65536", {"direct": True}, "polled"),
         ("irq=1", {}, "by interrupt"),
+        ("irq=1", {"thread": True}, "by interrupt"),
         ("irq=1", {"native": False}, "by interrupt"),
     ],
 )
@@ -107,6 +109,25 @@ def test_a_reset_machine_uses_its_disk_again(image: Path) -> None:
             assert (outcome.kind, outcome.code) == ("DEBUG_EXIT", 0)
             machine.reset()
     assert guests.text(machine).count("ok") == 2
+
+
+def test_a_slow_flush_holds_up_no_other_device(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a thread of its own, a disk whose flush hangs leaves the machine's I/O thread to the others."""
+    second = tmp_path / "second.img"
+    second.write_bytes(bytes(SIZE))
+    release, inside = threading.Event(), threading.Event()
+    slow = Disk(second, thread=True, native=False)
+    monkeypatch.setattr(slow.file, "flush", lambda: (inside.set(), release.wait(guests.RUN_S)))
+    cmdline = "mode=check count=4 base=0xd0001000"
+    with guests.pc("blk.elf", cmdline, devices=[Disk(image), slow]) as machine:
+        machine.start()
+        assert inside.wait(guests.RUN_S)
+        alive = threading.Event()
+        machine.io.call_soon(alive.set)
+        assert alive.wait(guests.RUN_S)
+        release.set()
+        outcome = machine.wait(guests.RUN_S)
+    assert outcome is not None and outcome.code == 0
 
 
 @pytest.mark.host
