@@ -30,13 +30,24 @@ places = st.one_of(
 )
 lengths = st.one_of(st.sampled_from([0, 1, 16, 32, 17, 512, PAGE, PAGE + 8, 2**32 - 1, 2**32 - 16]), st.integers(1, 64))
 flags = st.sampled_from([0, NEXT, WRITE, NEXT | WRITE, INDIRECT, INDIRECT | NEXT, 0xFFF8, NEXT | WRITE])
-good = st.tuples(st.integers(TABLE + 0x400, ROM - 64), st.integers(1, 64), st.sampled_from([NEXT | WRITE, WRITE, 0]))
 indirect = st.tuples(st.just(TABLE), st.sampled_from([16, 32, 128]), st.just(INDIRECT), st.just(0))
-descriptors: st.SearchStrategy[Descriptor] = st.one_of(
-    st.tuples(good, st.integers(0, SIZE - 1)).map(lambda pair: (*pair[0], pair[1])),
-    indirect,
-    st.tuples(places, lengths, flags, st.integers(0, SIZE + 1)),
-)
+hostile: st.SearchStrategy[Descriptor] = st.tuples(places, lengths, flags, st.integers(0, SIZE + 1))
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> list[Descriptor]:
+    """Chains that keep to the rules, whichever descriptor is their head, with up to two entries replaced."""
+    table: list[Descriptor] = []
+    writing = False
+    for i in range(SIZE):
+        last = i == SIZE - 1 or draw(st.integers(0, 3)) == 0
+        writing = writing or draw(st.booleans())
+        gpa, length = draw(st.integers(TABLE + 0x400, ROM - 64)), draw(st.integers(1, 64))
+        table.append((gpa, length, (WRITE if writing else 0) | (0 if last else NEXT), i + 1))
+        writing = writing and not last
+    for index, entry in draw(st.lists(st.tuples(st.integers(0, SIZE - 1), st.one_of(indirect, hostile)), max_size=2)):
+        table[index] = entry
+    return table
 
 
 class Side:
@@ -150,10 +161,10 @@ def _both(chain: Chain) -> tuple[list[memoryview], list[memoryview]]:
 
 @settings(max_examples=400, deadline=None)
 @given(
-    table=st.lists(descriptors, min_size=SIZE, max_size=SIZE),
-    inner=st.lists(descriptors, max_size=SIZE),
-    heads=st.lists(st.one_of(st.integers(0, SIZE - 1), st.just(SIZE)), min_size=SIZE, max_size=SIZE),
-    idx=st.one_of(st.integers(0, SIZE), st.just(SIZE + 1), st.just(0xFFFF)),
+    table=tables(),
+    inner=tables(),
+    heads=st.lists(st.integers(0, SIZE), min_size=SIZE, max_size=SIZE),
+    idx=st.one_of(st.integers(1, SIZE), st.integers(1, SIZE), st.sampled_from([0, SIZE + 1, 0xFFFF])),
     event=st.integers(0, SIZE + 1),
     features=st.sampled_from([0, INDIRECT_DESC, EVENT_IDX, INDIRECT_DESC | EVENT_IDX]),
 )
