@@ -12,6 +12,7 @@
     │   ├── ImageError       a kernel, initrd or firmware file: .path, .reason
     │   └── SymbolError      no symbol of this name: .name
     ├── GuestAddressError    an access outside guest memory: .gpa, .length
+    │   └── LinearAddressError   the same by linear address: not mapped, or to where no memory is
     ├── MachineStateError    an operation that the machine's state forbids
     ├── GuestError           what a test asked of the guest did not happen: .outcome, .console (an AssertionError too)
     │   ├── ExpectError      run_until or expect: the guest ended or time ran out first
@@ -116,6 +117,14 @@ class GuestAddressError(PykvmError, ValueError):
         self.gpa = gpa
         self.length = length
         super().__init__(f"guest physical [{gpa:#x}, {gpa + length:#x}) {why}")
+
+
+class LinearAddressError(GuestAddressError):
+    """[gpa, gpa + length), linear here, is not all mapped to guest memory."""
+
+    def __init__(self, address: int, length: int, why: str) -> None:
+        super().__init__(address, length)
+        self.args = (f"guest linear [{address:#x}, {address + length:#x}): {why}",)
 
 
 class MachineStateError(PykvmError):

@@ -29,9 +29,8 @@ def test_several_commands(booted_vm: Pc) -> None:
 
 def test_memory_is_at_hand(booted_vm: Pc) -> None:
     """Variables of the guest are read and written by their names."""
-    address = booted_vm.symbols["greeting"]
-    assert booted_vm.memory.read_cstring(address) == b"example"
-    booted_vm.memory.write(address, b"pytest\0")
+    assert booted_vm.linear.read_cstring("greeting") == b"example"
+    booted_vm.linear.write("greeting", b"pytest\0")
     booted_vm.console.sendline("hello")
     booted_vm.console.expect("hello from pytest")
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pykvm.core.machine import Machine
     from pykvm.core.registers import Registers
     from pykvm.core.vcpu import Vcpu
+    from pykvm.debug.linear import LinearMemory
     from pykvm.testing.callframe import Argument
     from pykvm.testing.talk import Pattern
     from pykvm.testing.until import Reached
@@ -23,6 +25,18 @@ class Driving:
     def regs(self) -> Registers:
         """General registers, rip and rflags of vCPU 0: readable and writable while paused."""
         return self.vcpus[0].regs
+
+    @property
+    def linear(self) -> LinearMemory:
+        """Memory by linear address or symbol, through the page tables that vCPU 0 uses now; while paused."""
+        from pykvm.debug.linear import LinearMemory
+
+        machine: Machine = self  # type: ignore[assignment]
+        return LinearMemory(
+            machine.memory,
+            self.vcpus[0].capture_state,
+            lambda where: where if isinstance(where, int) else machine.symbols.resolve(where),
+        )
 
     def run_until(
         self,

@@ -6,8 +6,9 @@ Source: System V ABI, AMD64 supplement 3.2 (argument registers, stack alignment,
 from __future__ import annotations
 
 from pykvm.debug.bits import bitness
-from pykvm.debug.code import read_linear, stack_pointer, translate
-from pykvm.errors import ConfigError, GuestAddressError, MachineStateError
+from pykvm.debug.code import stack_pointer
+from pykvm.debug.linear import LinearMemory
+from pykvm.errors import ConfigError, LinearAddressError, MachineStateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 ARGUMENT_REGISTERS = ("rdi", "rsi", "rdx", "rcx", "r8", "r9")
 RED_ZONE = 128  # bytes below RSP that a leaf function uses without moving it
 ALIGNMENT = 16
-PAGE = 4096
 MAX_COPIED = 64 << 10  # bytes passed by pointer in one argument: a kernel's stack is a few KiB
 
 
@@ -87,34 +87,20 @@ class GuestStack:
     """Guest memory below a linear address, through the guest's page tables."""
 
     def __init__(self, memory: GuestMemory, state: CpuState, top: int) -> None:
-        self._memory = memory
-        self._state = state
+        self._linear = LinearMemory(memory, lambda: state)
         self.top = top & (1 << bitness(state)) - 1
 
     def push(self, data: bytes, align: int = 1) -> int:
         """Store `data` below the top, at a multiple of `align`; its address. Raises MachineStateError."""
         self.top = (self.top - len(data)) // align * align
-        done = 0
-        while done < len(data):
-            at = self.top + done
-            part = min(len(data) - done, PAGE - at % PAGE)
-            self._store(at, data[done : done + part])
-            done += part
+        try:
+            self._linear.write(self.top, data)
+        except LinearAddressError as problem:
+            raise MachineStateError(
+                f"no stack to call on ({problem}): run the guest until it has one, or give stack="
+            ) from problem
         return self.top
 
-    def _store(self, linear: int, data: bytes) -> None:
-        found = translate(self._memory, self._state, linear)
-        why = "" if found.writable else found.reason or "it is read-only"
-        if found.gpa is not None and not why:
-            try:
-                self._memory.write(found.gpa, data)
-            except GuestAddressError:
-                why = "no memory is there"
-        if why:
-            raise MachineStateError(
-                f"no stack to call on at {linear:#x} ({why}): run the guest until it has one, or give stack="
-            )
-
-    def read(self, linear: int, length: int) -> bytes:
-        """What is there now."""
-        return read_linear(self._memory, self._state, linear, length)
+    def read(self, address: int, length: int) -> bytes:
+        """What is there now. Raises LinearAddressError."""
+        return self._linear.read(address, length)
