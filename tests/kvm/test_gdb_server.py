@@ -128,6 +128,9 @@ MALFORMED = [
     "vCont;x",
     "vCont;c:99",
     "vCont;s:zz",
+    "vCont;r",
+    "vCont;r1:1",
+    "vCont;rx,y:1",
     "c1000",
     "s1000",
     "qXfer",
@@ -270,6 +273,24 @@ def test_breakpoints_are_hidden_and_idempotent(vm: Machine, peer: Peer) -> None:
     for _ in range(2):
         assert peer.ask(b"z0,%x,1" % BASE) == b"OK"
     assert vm.memory.read(BASE, 3) == b"\x41" + code[1:]
+
+
+def test_steps_within_a_range(vm: Machine, peer: Peer) -> None:
+    """vCont;r steps while the program counter is in the range, and can be interrupted where it never leaves."""
+    vm.vcpus[0].regs.update(rip=0, rax=0)
+    peer.send(encode(b"vCont;r%x,%x:1" % (BASE, BASE + 1)))  # inc %ax is in it, jmp is not
+    assert peer.receive().startswith(b"T05thread:1;")
+    assert (vm.vcpus[0].regs.rip, vm.vcpus[0].regs.rax) == (1, 1)
+    peer.send(encode(b"vCont;r%x,%x:1" % (BASE, BASE + 3)))
+    sleep(0.05)
+    peer.send(b"\x03")
+    assert peer.receive().startswith(b"T02")
+    assert vm.vcpus[0].regs.rax > 1
+    assert peer.ask(b"Z0,%x,1" % BASE) == b"OK"
+    vm.vcpus[0].regs.rip = 1
+    peer.send(encode(b"vCont;r%x,%x:1" % (BASE + 1, BASE + 3)))
+    assert peer.receive().startswith(b"T05thread:1;")
+    assert vm.vcpus[0].regs.rip == 0
 
 
 def test_reads_stop_at_the_end_of_memory(peer: Peer) -> None:

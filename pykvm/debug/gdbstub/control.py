@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 SIGINT, SIGILL, SIGTRAP, SIGSEGV = 2, 4, 5, 11  # gdb's numbers are those of Linux here
 
-STEP, CONTINUE = "s", "c"
+# What a vCPU is to do: go on, or step as long as it is within a range of addresses; STEP is once
+CONTINUE = None
+STEP = range(0)
 SOFTWARE, HARDWARE, WRITE, READ, ACCESS = range(5)  # the Z packet's types
 _REASONS = {SOFTWARE: "swbreak", HARDWARE: "hwbreak", WRITE: "watch", READ: "rwatch", ACCESS: "awatch"}
 
@@ -76,15 +78,15 @@ class Control:
         """Stop every vCPU and wait until all have."""
         self.machine.hold()
 
-    def resume(self, actions: Mapping[int, str]) -> None:
+    def resume(self, actions: Mapping[int, range | None]) -> None:
         """Let vCPUs step or go on, those without an action stay. Raises DebugUnsupported when a step is impossible."""
         vcpus = [self.machine.vcpus[index] for index in actions]
-        stepping = [vcpu for vcpu in vcpus if actions[vcpu.index] == STEP]
-        for vcpu in stepping:
+        stepping = [(vcpu, within) for vcpu in vcpus if (within := actions[vcpu.index]) is not None]
+        for vcpu, _ in stepping:
             self.debugger.check_step(vcpu)
         self.stops.clear()
-        for vcpu in stepping:
-            vcpu.before_run = self._step
+        for vcpu, within in stepping:
+            vcpu.before_run = self._stepper(within)
         if self.crash is not None:
             crash, self.crash = self.crash, None
             self.machine.finish(crash)
@@ -129,11 +131,21 @@ class Control:
 
         return on_hit
 
-    def _step(self, vcpu: Vcpu) -> Outcome | None:
-        outcome = self.debugger.step(vcpu)
-        if outcome is None and vcpu.before_run is None:  # else it was called away before it could
-            self._report(Stop(vcpu, SIGTRAP))
-        return outcome
+    def _stepper(self, within: range) -> Callable[[Vcpu], Outcome | None]:
+        """Steps until the vCPU leaves the range, comes to a breakpoint, or has something else to report."""
+
+        def step(vcpu: Vcpu) -> Outcome | None:
+            stops = len(self.stops)
+            while True:
+                outcome = self.debugger.step(vcpu)
+                if outcome is not None or vcpu.before_run is not None:  # ended, or called away before it could step
+                    return outcome
+                pc = self.debugger.pc(vcpu)
+                if pc not in within or len(self.stops) != stops or self.debugger.at(vcpu, pc):
+                    self._report(Stop(vcpu, SIGTRAP))
+                    return None
+
+        return step
 
     def _report(self, stop: Stop) -> None:
         self.stops.append(stop)

@@ -115,7 +115,7 @@ def on_alive(session: Session, rest: bytes) -> bytes:
     return OK
 
 
-def _resume_hc(session: Session, action: str) -> bytes | None:
+def _resume_hc(session: Session, action: range | None) -> bytes | None:
     chosen = [session.resumed] if session.resumed is not None else range(len(session.machine.vcpus))
     return session.resume(dict.fromkeys(chosen, action))
 

@@ -112,17 +112,21 @@ def on_monitor(session: Session, rest: bytes) -> bytes:
 
 def on_vcont_query(session: Session, rest: bytes) -> bytes:
     """vCont?: the actions that it takes."""
-    return b"vCont;c;C;s;S"
+    return b"vCont;c;C;s;S;r"
 
 
 def on_vcont(session: Session, rest: bytes) -> bytes | None:
     """vCont;ACTION[:THREAD]... : the leftmost action that names a thread, or names none, is that thread's."""
-    actions: dict[int, str] = {}
+    actions: dict[int, range | None] = {}
     for part in rest.split(b";"):
         action, _, thread = part.partition(b":")
-        kind = {b"c": CONTINUE, b"C": CONTINUE, b"s": STEP, b"S": STEP}.get(action[:1])
-        if kind is None:
+        letter = action[:1]
+        if letter not in (b"c", b"C", b"s", b"S", b"r"):
             return EINVAL
+        kind = CONTINUE if letter in (b"c", b"C") else STEP
+        if letter == b"r":
+            start, end = map(number, action[1:].split(b","))
+            kind = range(start, end)
         if thread in (b"", b"-1", b"0"):
             chosen = [vcpu.index for vcpu in session.machine.vcpus]
         else:

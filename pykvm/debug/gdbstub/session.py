@@ -172,7 +172,7 @@ class Session:
             self.reply(b"X0f" if outcome is None else b"W%02x" % (outcome.exit_status & 0xFF))
             self.finished = True
 
-    def resume(self, actions: dict[int, str]) -> bytes | None:
+    def resume(self, actions: dict[int, range | None]) -> bytes | None:
         """Go on: no reply now, a stop reply later; or at once an error."""
         if self.running:
             return EBUSY
