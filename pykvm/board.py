@@ -97,9 +97,9 @@ class Pc(Machine):
         super().__init__(config, kvm=kvm, image=image, **options)
         self._options = {
             "serial_ports": serial_ports,
-            "debug_exit": debug_exit,
-            "testdev": testdev,
-            "virtio_cmdline": virtio_cmdline,
+            "debug_exit": bool(debug_exit),
+            "testdev": bool(testdev),
+            "virtio_cmdline": bool(virtio_cmdline),
         }
         self.boot_config = BootConfig(boot) if isinstance(boot, str) else boot
         self.boot: Boot | None = None

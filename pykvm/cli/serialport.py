@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from pykvm.cli.terminal import EscapeKeys, Input, Output, say
+from pykvm.cli.terminal import EXTRA_KEYS, EscapeKeys, Input, Output, say
 from pykvm.errors import UsageError
 
 TYPE_CHECKING = False
@@ -86,7 +86,7 @@ def escape_keys(pc: Pc, send_break: Callable[[], object] | None = None) -> Escap
     }
     if send_break is not None:
         commands["b"] = ("send a break (SysRq)", send_break)
-    keys = EscapeKeys(commands, _show)
+    keys = EscapeKeys(commands | EXTRA_KEYS, _show)
     return keys
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     from pykvm.board import Pc
+    from pykvm.cli.saving import Saver
     from pykvm.cli.serialport import SerialPort
     from pykvm.core.outcome import Outcome
     from pykvm.virtio.device import VirtioDevice
@@ -119,6 +120,7 @@ OPTIONS = (
         "--vsock", "CID:PATH", "sockets between guest and host: CONNECT PORT at PATH; the guest's own go to PATH_PORT"
     ),
     Option("--virtio-cmdline", "", "announce virtio devices on the kernel's command line instead of by ACPI"),
+    Option("--save", "FILE", "Ctrl-A w and SIGUSR1 save the machine to FILE, for pykvm restore"),
     Option("--timeout", "S", "stop after S seconds with status 124", convert=_seconds),
     Option("--trace", "FILE", "record every exit; `pykvm trace` shows, sums and exports FILE"),
     Option("--stats", "", "print exit statistics at the end"),
@@ -151,7 +153,7 @@ DEVICE_OPTIONS: tuple[str, ...] = ("disk", "net", "rng", "balloon", "vsock", "co
 SIGNAL_LAG_S = 0.2
 
 
-class _Signals:
+class Signals:
     """SIGINT, SIGTERM and SIGHUP: the first one ends the machine in order; later ones do not cut that short.
 
     The handler raises nothing: an exception in the middle of a lock would break the lock. Until `watch` there is
@@ -188,10 +190,10 @@ def run(argv: list[str], parser: Parser = PARSER, observers: Sequence[Callable[[
     if values["gdb"] is None and (values["gdb_wait"] or values["gdb_arch"]):
         raise UsageError("--gdb-wait and --gdb-arch need --gdb WHERE")
     boot, config = _configs(values, rest)
-    serial = _serial_plan(values["serial"], capture=values["json"], taken=_console_on_stdio(values))
+    serial = serial_plan(values["serial"], capture=values["json"], taken=_console_on_stdio(values))
     from pykvm.board import Pc
 
-    signals = _Signals()
+    signals = Signals()
     # Pc closes itself when its constructor fails
     with Pc(
         boot,
@@ -202,7 +204,7 @@ def run(argv: list[str], parser: Parser = PARSER, observers: Sequence[Callable[[
         devices=_devices(values),
         virtio_cmdline=values["virtio_cmdline"],
     ) as pc:
-        return _session(pc, serial, values, signals, [*_observers(values), *observers])
+        return run_session(pc, serial, values, signals, [*_observers(values), *observers])
 
 
 class _CoverageFile:
@@ -267,7 +269,8 @@ def _console_on_stdio(values: dict[str, Any]) -> bool:
     return any(text.partition(",")[0] == "stdio" for text in values["console"])
 
 
-def _serial_plan(wanted: list[str], *, capture: bool, taken: bool) -> list[str]:
+def serial_plan(wanted: list[str], *, capture: bool, taken: bool) -> list[str]:
+    """Where each serial port goes, checked; `taken`: a virtio console is on stdio."""
     plan = wanted or ["none" if taken else "stdio"]
     if len(plan) > 4:
         raise UsageError("--serial: a PC has four serial ports")
@@ -279,14 +282,24 @@ def _serial_plan(wanted: list[str], *, capture: bool, taken: bool) -> list[str]:
     return ["captured" if where == "stdio" and capture else where for where in plan]
 
 
-def _session(
+def _saver(path: str | None) -> Saver | None:
+    if path is None:
+        return None
+    from pykvm.cli.saving import Saver
+
+    return Saver(path)
+
+
+def run_session(
     pc: Pc,
     plan: list[str],
     values: dict[str, Any],
-    signals: _Signals,
-    makers: Sequence[Callable[[Pc], Observer]],
+    signals: Signals,
+    makers: Sequence[Callable[[Pc], Observer]] = (),
 ) -> int:
+    """Connect the ports, run the machine to its end, report; the exit status."""
     raw = RawMode(0)
+    saver = _saver(values["save"])
     ports: list[SerialPort] = []
     observers: list[Observer] = []
 
@@ -312,7 +325,7 @@ def _session(
         pc.start()
         if signals.number:
             stop()  # it came before the start, when there was nothing to stop
-        outcome = _wait(pc, values["timeout"])
+        outcome = _wait(pc, values["timeout"], saver)
     finally:
         try:
             stop()
@@ -338,7 +351,7 @@ def _close(observers: Sequence[Observer], ports: Sequence[SerialPort]) -> None:
         port.close()
 
 
-def _wait(pc: Pc, timeout: float | None) -> Outcome:
+def _wait(pc: Pc, timeout: float | None, saver: Saver | None) -> Outcome:
     from pykvm.core.outcome import Outcome
 
     end = float("inf") if timeout is None else monotonic() + timeout
@@ -346,6 +359,8 @@ def _wait(pc: Pc, timeout: float | None) -> Outcome:
         outcome = pc.wait(min(left, SIGNAL_LAG_S))
         if outcome is not None:
             return outcome
+        if saver is not None:
+            saver.work(pc)
     return Outcome("TIMEOUT", detail=f"after {timeout:g} s")
 
 

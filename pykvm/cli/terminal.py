@@ -21,6 +21,9 @@ ESCAPE = 0x01  # Ctrl-A, as in screen, QEMU and picocom
 CHUNK = 4096  # PIPE_BUF: a pipe that poll() calls writable takes this much without blocking
 POLL_MS = 100
 
+# Keys after Ctrl-A beside those of every machine, of options that were given: key -> (what it does, function)
+EXTRA_KEYS: dict[str, tuple[str, Callable[[], object]]] = {}
+
 
 class Output:
     """Writes to a file descriptor without ever holding up the machine's end: a reader that stalls is waited for only

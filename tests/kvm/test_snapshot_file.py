@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from cguest import build
-from command import environment
+from command import environment, run, spawn
 from test_snapshot import SOURCE, Latch, say
 
 from pykvm import Machine, Pc, SnapshotError, restore_file
@@ -257,3 +257,47 @@ def test_a_folder_that_cannot_be_written(guest: str, tmp_path: Path) -> None:
                 machine.save(str(path))
         assert list(tmp_path.iterdir()) == []
         assert say(machine, "a") == "1,0"
+
+
+# -- at a shell --------------------------------------------------------------------------------------------------------
+
+
+def wait_for(path: Path) -> None:
+    """Wait until the file exists."""
+    end = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not come"
+        time.sleep(0.01)
+
+
+def test_save_by_signal_and_restore(guest: str, tmp_path: Path) -> None:
+    """SIGUSR1 makes `pykvm start --save` save, the guest goes on, and `pykvm restore` goes on from the file."""
+    path = tmp_path / "vm"
+    first = spawn("--save", path, "--mem", "8M", guest)
+    assert first.stdin is not None and first.stdout is not None and first.stderr is not None
+    assert first.stdout.readline() == b"ready\n"
+    first.stdin.write(b"w")
+    first.stdin.flush()
+    assert first.stdout.readline() == b"1,1;\n"
+    first.send_signal(signal.SIGUSR1)
+    wait_for(path)
+    first.stdin.write(b"w")
+    first.stdin.flush()
+    assert first.stdout.readline() == b"2,2;\n"
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) == 128 + signal.SIGTERM
+    assert f"saved 8 MiB of guest to {path}" in first.stderr.read().decode()
+    for stream in (first.stdin, first.stdout, first.stderr):
+        stream.close()
+    for options in ((), ("--lazy",)):
+        done = run("restore", *options, "--timeout", "2", path, input="a")
+        assert (done.returncode, done.stdout) == (124, "2,1;\n")
+
+
+def test_restore_complains_in_one_line(saved: Path, tmp_path: Path) -> None:
+    """What is no snapshot, or cannot be restored as asked, is one line and status 2."""
+    broken = tmp_path / "broken"
+    broken.write_bytes(saved.read_bytes()[:-1])
+    for words in ([broken], [tmp_path / "absent"], [], [saved, "--serial", "none", "--serial", "none"]):
+        done = run("restore", *words)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == "", done.stderr

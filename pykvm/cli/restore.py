@@ -1,0 +1,61 @@
+"""`pykvm restore`: go on with a machine that was saved. Layer: cli."""
+
+from __future__ import annotations
+
+from pykvm import log
+from pykvm.cli.options import HelpWanted, Option, Parser
+from pykvm.cli.start import OPTIONS as START_OPTIONS
+from pykvm.cli.start import Signals, run_session, serial_plan
+from pykvm.errors import UsageError
+
+_SHARED = (
+    "--serial",
+    "--save",
+    "--gdb",
+    "--gdb-wait",
+    "--gdb-arch",
+    "--timeout",
+    "--json",
+    "--log-level",
+    "--log-json",
+)
+
+OPTIONS = (
+    Option("--lazy", "", "do not read memory to check it: starts at once, and damage goes unnoticed"),
+    Option("--parent", "FILE", "what a differential snapshot is relative to, if not beside it under its old name"),
+    *(option for option in START_OPTIONS if option.name in _SHARED),
+)
+
+PARSER = Parser(
+    "pykvm restore [OPTION...] FILE",
+    "Go on with the machine that `pykvm start --save` or Machine.save() wrote to FILE. FILE is only read.",
+    OPTIONS,
+    positionals=1,
+    epilog="Keys and exit status are those of `pykvm start`.",
+)
+
+
+def run(argv: list[str]) -> int:
+    """Restore, wait, report; the exit status."""
+    try:
+        values, rest = PARSER.parse(argv)
+    except HelpWanted as wanted:
+        print(wanted)
+        return 0
+    if not rest:
+        raise UsageError(f"name a snapshot file; usage: {PARSER.usage}")
+    log.configure(values["log_level"], json=values["log_json"])
+    if values["gdb"] is None and (values["gdb_wait"] or values["gdb_arch"]):
+        raise UsageError("--gdb-wait and --gdb-arch need --gdb WHERE")
+    everything = {option.key: [] if option.many else option.default for option in START_OPTIONS} | values
+    plan = serial_plan(values["serial"], capture=values["json"], taken=False)
+    from pykvm.board import Pc
+    from pykvm.control.restore import restore_file
+
+    signals = Signals()
+    with restore_file(rest[0], lazy=bool(values["lazy"]), parent=values["parent"]) as machine:
+        if not isinstance(machine, Pc):
+            raise UsageError(f"{rest[0]}: is a bare Machine; restore it from Python, by pykvm.restore_file")
+        if len(plan) > len(machine.serial):
+            raise UsageError(f"--serial: the machine was saved with {len(machine.serial)} serial ports")
+        return run_session(machine, plan, everything, signals)
