@@ -126,9 +126,7 @@ class Machine(Debugging, Driving, Snapshots):
 
     def _connect(self) -> None:
         """Make the KVM side of the machine: VM, slots, vCPUs."""
-        self._vm = create_vm(self.kvm, self.config)
-        for slot in self.memory.slots:
-            map_slot(self._vm, slot)
+        self._vm = create_vm(self.kvm, self.config, self.memory.slots)
         self.irqs.connect(self._vm)
         create_vcpus(self._vm, self.kvm, self.config, self.vcpus)
         for hook in self.on_connect:

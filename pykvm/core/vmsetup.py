@@ -1,6 +1,7 @@
 """The KVM side of a new machine, in the order that KVM wants. Layer: core.
 
-TSS and identity map before vCPUs, the irqchip before vCPUs, the PIT after the irqchip, CPUID before MSRs.
+TSS and identity map before vCPUs, the irqchip before vCPUs, the PIT after the irqchip, CPUID before MSRs. Memory slots
+before the irqchip: after it each change of a slot waits for the kernel's grace period, some 7 ms instead of 0.4.
 """
 
 from __future__ import annotations
@@ -49,13 +50,15 @@ PC_ROUTES = [
 ]
 
 
-def create_vm(kvm: Kvm, config: MachineConfig) -> VmFd:
-    """A VM with its irqchip; no memory and no vCPU yet. All missing capabilities are named in one error."""
+def create_vm(kvm: Kvm, config: MachineConfig, slots: Sequence[Slot]) -> VmFd:
+    """A VM with its memory and irqchip; no vCPU yet. All missing capabilities are named in one error."""
     kvm.require((*REQUIRED, *REQUIRED_FOR[config.irqchip]))
     vm = kvm.create_vm()
     try:
         vm.set_identity_map_addr(layout.IDENTITY_MAP)
         vm.set_tss_addr(layout.KVM_TSS)
+        for slot in slots:
+            map_slot(vm, slot)
         if config.irqchip == "kernel":
             vm.create_irqchip()
             vm.set_gsi_routing(PC_ROUTES)
