@@ -9,7 +9,9 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from driver import RAM, WRITE, Driver
+from driver import RAM, RINGS, WRITE, Driver
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pykvm import log
 from pykvm._native import ffi, lib
@@ -387,3 +389,50 @@ def test_a_large_request_in_many_buffers(start: Start, tmp_path: Path) -> None:
         assert driver.queues[0].used() == [(0, 256_001)]
         assert driver.memory.read(parts[0][0], 256_000) == path.read_bytes()[2560 : 2560 + 256_000]
         disk(driver).file.close()
+
+
+# -- hostile drivers -----------------------------------------------------------------------------------------------
+
+SMALL = 8  # entries of the ring
+hostile_entries = st.lists(
+    st.tuples(
+        st.one_of(st.integers(RINGS, RINGS + 0x9000), st.integers(0, RAM + 64), st.sampled_from([2**64 - 1, 2**63])),
+        st.one_of(st.integers(0, 70), st.sampled_from([512, 4096, RAM, 2**32 - 1])),
+        st.integers(0, 7),
+        st.integers(0, SMALL),
+    ),
+    min_size=SMALL,
+    max_size=SMALL,
+)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    table=hostile_entries,
+    headers=st.lists(st.tuples(st.integers(0, 16), st.integers(0, SECTORS + 2)), min_size=1, max_size=4),
+    heads=st.lists(st.integers(0, SMALL), min_size=1, max_size=SMALL),
+)
+def test_hostile_rings_end_in_a_reset_at_most(
+    image: Path,
+    native: bool,
+    table: list[tuple[int, int, int, int]],
+    headers: list[tuple[int, int]],
+    heads: list[int],
+) -> None:
+    """Whatever is in the rings, the device answers or asks for a reset, and works after one; nothing is raised."""
+    driver = Driver(Disk(image, native=native))
+    (queue,) = driver.start(size=SMALL)
+    for at, (kind, sector) in enumerate(headers):
+        driver.memory.write(RINGS + 0x6000 + 16 * at, header(kind, sector))
+    for at, entry in enumerate(table):
+        queue.descriptor(at, *entry)
+    for head in heads:
+        queue.offer(head)
+    queue.kick()
+    assert not driver.errors
+    driver.write(lib.VIRTIO_MMIO_STATUS, 0)
+    driver.memory.write(RINGS, bytes(0x10000))
+    driver.start()
+    assert request(driver, FLUSH) == (OK, b"")
+    driver.close()
