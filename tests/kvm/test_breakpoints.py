@@ -8,7 +8,7 @@ import guests
 import pytest
 from realmode import BASE, HLT, SPIN, machine, mov_al, out_al, out_loop
 
-from pykvm import ConfigError, Machine, Outcome, Vcpu
+from pykvm import ConfigError, Device, Machine, Outcome, Vcpu
 from pykvm._native import lib
 from pykvm.debug.breakpoints import Breakpoint
 from pykvm.debug.hostdebug import debug_support
@@ -251,3 +251,44 @@ def test_a_failing_callback_is_reported() -> None:
         with pytest.raises(DeviceError) as caught:
             vm.run(RUN_S)
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+class Pretended:
+    """What kvm_run says of a #DB by a watchpoint in slot 0 (SDM vol. 3B 17.2.3): for hosts that never say it."""
+
+    exception, pc, dr6, dr7 = 1, BASE, 0xFFFF0FF1, 0x400
+
+
+def test_a_watchpoint_that_kvm_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A #DB with the slot's bit in DR6 is a hit of that watchpoint, and one without is the guest's own."""
+    with machine(HLT) as vm:
+        monkeypatch.setattr(vm.debugger.support, "watchpoints", True)
+        seen: list[str] = []
+        watch = vm.watchpoint(0x10800, lambda vcpu, point: seen.append(point.kind), length=8, write_only=False)
+        second = vm.watchpoint(0x10900)
+        vcpu = vm.vcpus[0]
+        assert vm.debugger.on_debug(vcpu, Pretended) is None
+        assert (seen, watch.hits, second.hits) == (["watch"], 1, 0)
+        watch.remove()
+        monkeypatch.setattr(Pretended, "dr6", 0xFFFF0FF2)
+        outcome = vm.debugger.on_debug(vcpu, Pretended)
+        assert outcome is not None
+        assert outcome.detail == "watchpoint at 0x10900"
+
+
+def test_an_int3_of_the_guests_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where KVM intercepts INT3, one that is no breakpoint is given back: the guest's handler runs."""
+    monkeypatch.setattr(Pretended, "exception", 3)
+    monkeypatch.setattr(Pretended, "pc", BASE + 2)
+
+    class Trigger(Device):
+        def write(self, offset: int, size: int, value: int) -> Outcome | None:
+            return vm.debugger.on_debug(vm.vcpus[0], Pretended)
+
+    with machine(out_al(0x40) + HLT) as vm:
+        vm.attach(Trigger(), ports=range(0x40, 0x41))
+        vm.memory.write(3 * 4, (0x3000).to_bytes(2, "little") + b"\0\0")
+        vm.memory.write(0x3000, mov_al(9) + HLT)
+        vm.breakpoint(0x5000, hardware=False)
+        assert vm.run(RUN_S) == Outcome.HALTED
+        assert (vm.vcpus[0].regs.rip, vm.vcpus[0].regs.rax & 0xFF) == (0x3003, 9)

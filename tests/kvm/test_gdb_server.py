@@ -13,9 +13,9 @@ from time import sleep
 import command
 import guests
 import pytest
-from realmode import BASE, HLT, SPIN, machine
+from realmode import BASE, HLT, SPIN, machine, out_al
 
-from pykvm import ConfigError, Machine, Outcome
+from pykvm import ConfigError, Device, Machine, Outcome
 from pykvm.debug.gdbstub.listen import parse_address
 from pykvm.debug.gdbstub.rsp import encode
 from pykvm.debug.gdbstub.server import GdbServer
@@ -273,6 +273,35 @@ def test_breakpoints_are_hidden_and_idempotent(vm: Machine, peer: Peer) -> None:
     for _ in range(2):
         assert peer.ask(b"z0,%x,1" % BASE) == b"OK"
     assert vm.memory.read(BASE, 3) == b"\x41" + code[1:]
+
+
+@pytest.mark.parametrize(("kind", "word"), [(2, "watch"), (3, "rwatch"), (4, "awatch")])
+def test_a_watchpoint_is_reported(kind: int, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gdb hears which watchpoint was hit and where; its pieces come and go together."""
+
+    class Pretended:
+        exception, pc, dr6, dr7 = 1, BASE, 0xFFFF0FF2, 0x400
+
+    class Trigger(Device):
+        def write(self, offset: int, size: int, value: int) -> Outcome | None:
+            return vm.debugger.on_debug(vm.vcpus[0], Pretended)
+
+    with machine(out_al(0x40) + HLT) as vm:
+        monkeypatch.setattr(vm.debugger.support, "watchpoints", True)
+        vm.attach(Trigger(), ports=range(0x40, 0x41))
+        peer = Peer(vm.gdb_server(wait=True))
+        vm.start()
+        assert peer.ask(b"Z%d,10804,c" % kind) == b"OK"  # 4 and 8 bytes
+        assert sum(slot is not None for slot in vm.debugger.slots) == 2
+        assert peer.ask(b"Z%d,20000,14" % kind) == b"E5f"  # three more are too many: none is set
+        assert sum(slot is not None for slot in vm.debugger.slots) == 2
+        peer.send(encode(b"vCont;c"))
+        assert peer.receive() == b"O" + b"pykvm: all four hardware breakpoints are in use: remove one\n".hex().encode()
+        assert f"thread:1;{word}:10804;".encode() in peer.receive()
+        assert peer.ask(b"z%d,10804,c" % kind) == b"OK"
+        assert vm.debugger.slots == [None] * 4
+        peer.send(encode(b"vCont;c"))
+        assert peer.receive() == b"W00"
 
 
 def test_steps_within_a_range(vm: Machine, peer: Peer) -> None:
