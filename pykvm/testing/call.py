@@ -140,4 +140,6 @@ def _value(low: int, high: int, returns: str | None, word: int) -> int:
     signed, bits = RETURNS[returns] if returns is not None else (False, 8 * word)
     value = low if word == 8 else (low & 0xFFFFFFFF) | (high & 0xFFFFFFFF) << 32
     value &= (1 << bits) - 1
+    if returns == "bool":
+        return bool(value)
     return value - (1 << bits) if signed and value >> (bits - 1) else value
