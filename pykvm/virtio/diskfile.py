@@ -90,7 +90,7 @@ class DiskFile:
     def _why(self, error: Exception) -> str:
         code = getattr(error, "errno", 0)
         if code == errno.EBUSY:
-            return "in use by the host (mounted?); unmount it, or add ,ro"
+            return "in use: mounted, or the disk of another machine"
         if code in (errno.EACCES, errno.EROFS) and not self.readonly:
             return f"{os.strerror(code)}; add ,ro for a disk that is only read"
         return os.strerror(code) if code else str(error)

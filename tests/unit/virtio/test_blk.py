@@ -6,6 +6,8 @@ import errno
 import os
 import resource
 import struct
+import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,8 +21,7 @@ from pykvm.errors import ConfigError
 from pykvm.virtio.blk import MAX_DISCARD_SECTORS, MAX_SEGMENTS, MAX_ZERO_SECTORS, QUEUE_SIZE, Disk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
 IN, OUT, FLUSH = lib.VIRTIO_BLK_T_IN, lib.VIRTIO_BLK_T_OUT, lib.VIRTIO_BLK_T_FLUSH
 GET_ID, DISCARD, ZEROES = lib.VIRTIO_BLK_T_GET_ID, lib.VIRTIO_BLK_T_DISCARD, lib.VIRTIO_BLK_T_WRITE_ZEROES
@@ -364,6 +365,31 @@ def test_one_writer(image: Path) -> None:
     for reader in readers:
         reader.close()
     Disk(image).close()
+
+
+@pytest.fixture
+def block_device(image: Path) -> Iterator[Path]:
+    """The image as a loop device."""
+    made = subprocess.run(["losetup", "--find", "--show", image], capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"no loop device: {made.stderr.strip()}")
+    yield Path(made.stdout.strip())
+    subprocess.run(["losetup", "--detach", made.stdout.strip()], check=True)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_block_device(start: Start, block_device: Path, direct: bool) -> None:
+    """A block device is a disk: data, discard and zeroes; a second user of it is refused."""
+    driver = start(block_device, direct=direct)
+    assert disk(driver).capacity == SECTORS
+    assert request(driver, OUT, 8, data=b"a" * 4096) == (OK, b"")
+    assert request(driver, DISCARD, data=struct.pack("<QII", 16, 8, 0)) == (OK, b"")
+    assert request(driver, ZEROES, data=struct.pack("<QIIQII", 0, 8, 0, 24, 8, 1)) == (OK, b"")
+    assert request(driver, FLUSH) == (OK, b"")
+    assert request(driver, IN, 0, room=8192) == (OK, bytes(4096) + b"a" * 4096)
+    assert request(driver, IN, 24, room=8192) == (OK, bytes(4096) + CONTENT[32 * 512 : 40 * 512])
+    assert "in use" in refused(block_device)
+    disk(driver).file.close()
 
 
 def test_bad_options(image: Path) -> None:
