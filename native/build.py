@@ -66,7 +66,7 @@ HEADERS = (
     "linux/virtio_vsock.h",
 )
 INCLUDES = "".join(f"#include <{name}>\n" for name in HEADERS)
-PREFIXES = ("KVM_", "VIRTIO_", "VRING_", "BLK", "FALLOC_", "IFF_", "TUN", "PTRACE_", "__NR_ioctl", "__NR_mmap")
+PREFIXES = ("KVM_", "VIRTIO_", "VRING_", "BLK", "FALLOC_", "IFF_", "TUN", "PTRACE_", "__NR_ioctl", "__NR_mmap", "_IOC_")
 
 TYPES = """
 typedef uint8_t __u8; typedef uint16_t __u16; typedef uint32_t __u32; typedef unsigned long long __u64;

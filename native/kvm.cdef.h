@@ -164,6 +164,11 @@ void pk_trace_use(struct pk_vcpu *vcpu, struct pk_trace *trace, int rip);
 int64_t pk_trace_drain(struct pk_trace *trace, int fd);
 void pk_trace_finish(struct pk_trace *trace);
 static const char pk_kvm_ioctls[]; /* lines of "NAME type of the argument", by build.py from the header */
+struct kvm_one_reg { __u64 id, addr; };
+struct kvm_vapic_addr { __u64 vapic_addr; };
+struct kvm_tpr_access_ctl { __u32 enabled, flags; ...; };
+struct kvm_x86_mce { __u64 status, addr, misc, mcg_status; __u8 bank; ...; };
+struct kvm_pmu_event_filter { __u32 action, nevents, fixed_counter_bitmap, flags; ...; };
 struct ptrace_syscall_info {
     __u8 op;
     union {

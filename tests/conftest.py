@@ -16,7 +16,7 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 FOLDER_MARKS = {"kvm": ("kvm",), "guest": ("kvm", "lab")}
 # What is about pykvm's process and its terminal, not about KVM: the lab would only be slower at it
-HOST_ONLY = frozenset({"test_bad_input.py", "test_cli.py", "test_cli_streams.py", "test_terminal.py"})
+HOST_ONLY = frozenset({"test_bad_input.py", "test_follow.py", "test_cli.py", "test_cli_streams.py", "test_terminal.py"})
 KVM_GET_API_VERSION = 0xAE00  # _IO(KVMIO, 0), <linux/kvm.h>
 KVM_API_VERSION = 12
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pykvm.debug.trace.tracefile import Record, TraceFile
 
 USAGE = """usage: pykvm trace show|stats|export FILE [OPTION...]      a trace that pykvm start --trace FILE wrote
+       pykvm trace [OPTION...] attach PID                 follow a process that uses KVM: QEMU, pykvm, ...
+       pykvm trace [OPTION...] -- COMMAND [ARGUMENT...]   run a command and follow it
 
 `pykvm trace VERB --help` says more."""
 
@@ -70,7 +72,9 @@ def run(argv: list[str]) -> int:
         if verb in ("", "-h", "--help"):
             print(USAGE)
             return 0 if verb else 2
-        raise UsageError(f"trace: {verb!r} is none of {', '.join(VERBS)}")
+        from pykvm.cli.follow import run as follow
+
+        return follow(argv)
     except HelpWanted as wanted:
         print(wanted)
         return 0
