@@ -10,7 +10,6 @@ which drops what is too much.
 from __future__ import annotations
 
 import os
-import struct
 from collections import deque
 from select import EPOLL_CLOEXEC, EPOLLIN, EPOLLOUT, epoll
 
@@ -21,7 +20,8 @@ from pykvm.virtio import netctl, netrx
 from pykvm.virtio.chain import slices
 from pykvm.virtio.device import VirtioDevice
 from pykvm.virtio.fault import DriverFault
-from pykvm.virtio.netbackend import HEADER_SIZE, MAX_FRAME, MIN_FRAME, BackendGone, net_bits
+from pykvm.virtio.netbackend import HEADER_SIZE, BackendGone, net_bits
+from pykvm.virtio.netheader import is_sound
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,17 +39,6 @@ RX, TX, CONTROL = 0, 1, 2
 BURST = 64  # frames that one call takes from the backend, before the I/O thread turns to other work
 POLL_NS = 50_000  # the longest time for which an empty transmit queue is watched, where there is a CPU to spare
 MIN_MTU, MAX_MTU = 68, 65535  # 5.1.4.1
-
-HEADER = struct.Struct("<BBHHHHH")  # struct virtio_net_hdr_v1
-NEEDS_CSUM, ECN = lib.VIRTIO_NET_HDR_F_NEEDS_CSUM, lib.VIRTIO_NET_HDR_GSO_ECN
-GSO_NONE = lib.VIRTIO_NET_HDR_GSO_NONE
-GSO_FEATURES = {
-    lib.VIRTIO_NET_HDR_GSO_TCPV4: net_bits("HOST_TSO4"),
-    lib.VIRTIO_NET_HDR_GSO_TCPV6: net_bits("HOST_TSO6"),
-    lib.VIRTIO_NET_HDR_GSO_UDP: net_bits("HOST_UFO"),
-}
-if net_bits("HOST_USO"):  # Linux 6.2's headers
-    GSO_FEATURES[lib.VIRTIO_NET_HDR_GSO_UDP_L4] = net_bits("HOST_USO")
 
 
 class Net(VirtioDevice):
@@ -363,20 +352,6 @@ class Net(VirtioDevice):
             )  # the frames wait in the backend until the driver notifies of buffers
             return False
         return found != netrx.EMPTY
-
-
-def is_sound(header: bytes, size: int, features: int) -> bool:
-    """Whether a frame of `size` bytes can be one, and its header is one that these features allow (5.1.6.2.1)."""
-    flags, gso_type, _, gso_size, csum_start, csum_offset, _ = HEADER.unpack(header)
-    if not MIN_FRAME <= size <= MAX_FRAME:
-        return False
-    if flags & NEEDS_CSUM and (not features & net_bits("CSUM") or csum_start + csum_offset + 2 > size):
-        return False
-    if gso_type == GSO_NONE:
-        return True
-    needed = GSO_FEATURES.get(gso_type & ~ECN, 0)
-    wanted = needed | net_bits("HOST_ECN") if gso_type & ECN else needed
-    return bool(needed and not wanted & ~features and flags & NEEDS_CSUM and gso_size)
 
 
 def parse_mac(text: str) -> bytes:
