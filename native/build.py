@@ -32,6 +32,7 @@ SOURCES = (
     "net.c",
     "tap.c",
     "snapmem.c",
+    "confine.c",
 )
 LOCAL_HEADERS = (
     "runloop.h",
@@ -46,6 +47,7 @@ LOCAL_HEADERS = (
     "net.h",
     "tap.h",
     "snapmem.h",
+    "confine.h",
 )
 
 HEADERS = (
@@ -59,6 +61,7 @@ HEADERS = (
     "linux/virtio_blk.h",
     "linux/virtio_config.h",
     "linux/virtio_console.h",
+    "linux/virtio_fs.h",
     "linux/virtio_ids.h",
     "linux/virtio_mmio.h",
     "linux/virtio_net.h",

@@ -295,6 +295,7 @@ void pk_mutex_unlock(pthread_mutex_t *mutex);
 int pk_fallocate(int fd, int mode, int64_t offset, int64_t length);
 
 /* -- small devices (<linux/virtio_console.h>, <linux/virtio_balloon.h>, <linux/virtio_vsock.h>) ---------------------- */
+struct virtio_fs_config { __u8 tag[...]; __u32 num_request_queues; ...; };
 struct virtio_console_config { __u16 cols, rows; __u32 max_nr_ports, emerg_wr; ...; };
 struct virtio_console_control { __u32 id; __u16 event, value; };
 struct virtio_balloon_config { __u32 num_pages, actual, free_page_hint_cmd_id, poison_val; };
@@ -352,6 +353,10 @@ int pk_net_watch(struct pk_net *net, uint32_t events);
 int pk_net_receive(struct pk_net *net);
 int pk_net_send(struct pk_net *net);
 #define PK_IFNAME_SIZE ...
+int pk_die_with_parent(void);
+int pk_own_mounts(void);
+int pk_readonly_mounts(void);
+
 int pk_tap_open(char *name);
 int pk_tap_query(int fd, char *name, uint32_t *flags);
 int pk_tap_use_header(int fd);

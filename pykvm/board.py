@@ -94,6 +94,9 @@ class Pc(Machine):
         image: Sequence[SlotImage] = (),
         **options: object,
     ) -> None:
+        if any(device.shared_memory for device in devices):
+            config = config or MachineConfig(**options)  # type: ignore[arg-type]
+            config.memfd = True  # their back ends map guest memory
         super().__init__(config, kvm=kvm, image=image, **options)
         self._options = {
             "serial_ports": serial_ports,

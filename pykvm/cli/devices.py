@@ -5,6 +5,8 @@ Loaded only when such an option is given: it may import what it likes.
 
 from __future__ import annotations
 
+import os
+
 from pykvm.config import parse_int, parse_size
 from pykvm.errors import UsageError
 
@@ -21,9 +23,11 @@ def _disk(text: str) -> VirtioDevice:
     from pykvm.virtio.blk import Disk
     from pykvm.virtio.rate import RATE_KEYS, parse_rate
 
-    path, words = split_spec("--disk", text, ("ro", "direct", "thread"), ("id", "queues", *RATE_KEYS))
+    path, words = split_spec("--disk", text, ("ro", "direct", "thread"), ("id", "queues", "format", *RATE_KEYS))
     if not path:
-        raise UsageError("--disk: no file given: --disk FILE[,ro][,id=TEXT][,direct][,thread][,queues=N]")
+        raise UsageError("--disk: no file given: --disk FILE[,ro][,id=TEXT][,direct][,thread][,queues=N][,format=qcow2]")
+    if words.get("format", "raw") != "raw":
+        return _image_disk(path, words)
     return Disk(
         path,
         readonly="ro" in words,
@@ -33,6 +37,35 @@ def _disk(text: str) -> VirtioDevice:
         queues=parse_int(words.get("queues", "1"), "queues"),
         limit=parse_rate(words),
     )
+
+
+def _image_disk(path: str, words: dict[str, str]) -> VirtioDevice:
+    from pykvm.virtio.imagedisk import ImageDisk
+
+    for word in words:
+        if word not in ("ro", "direct", "queues", "format"):
+            raise UsageError(
+                f"--disk: {word} is for raw images; one of format={words['format']} has ro, direct, queues"
+            )
+    return ImageDisk(
+        path,
+        words["format"],
+        readonly="ro" in words,
+        direct="direct" in words,
+        queues=parse_int(words.get("queues", "1"), "queues"),
+    )
+
+
+def _share(text: str) -> VirtioDevice:
+    from pykvm.virtio.share import Share
+
+    place, words = split_spec("--share", text, ("ro",), ("cache",))
+    path, tag = place, ""
+    if not os.path.isdir(place) and ":" in place:
+        path, _, tag = place.rpartition(":")
+    if not path:
+        raise UsageError("--share: no folder given: --share DIR[:TAG][,ro][,cache=auto|always|never]")
+    return Share(path, tag=tag, readonly="ro" in words, cache=words.get("cache", "auto"))
 
 
 def _rng(text: str) -> VirtioDevice:
@@ -98,6 +131,7 @@ MAKERS: dict[str, Callable[[str], VirtioDevice]] = {
     "rng": _rng,
     "balloon": _balloon,
     "vsock": _vsock,
+    "share": _share,
 }
 
 

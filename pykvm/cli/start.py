@@ -99,7 +99,7 @@ OPTIONS = (
     Option(
         "--disk",
         "FILE[,...]",
-        "disk of a raw image: FILE[,ro][,id=TEXT][,direct][,thread][,queues=N][,rate=..]; repeatable",
+        "disk image: FILE[,ro][,id=TEXT][,direct][,thread][,queues=N][,rate=..][,format=qcow2]; repeatable",
         many=True,
     ),
     Option(
@@ -118,6 +118,13 @@ OPTIONS = (
     Option("--rng", "[=rate=..]", "random number generator, fed by the host's; rate in bytes a second"),
     Option(
         "--vsock", "CID:PATH", "sockets between guest and host: CONNECT PORT at PATH; the guest's own go to PATH_PORT"
+    ),
+    Option(
+        "--share",
+        "DIR[:TAG][,...]",
+        "shared folder, by virtiofsd: DIR[:TAG][,ro][,cache=auto|always|never]; repeatable; "
+        "in the guest: mount -t virtiofs TAG /mnt",
+        many=True,
     ),
     Option("--virtio-cmdline", "", "announce virtio devices on the kernel's command line instead of by ACPI"),
     Option("--save", "FILE", "Ctrl-A w and SIGUSR1 save the machine to FILE, for pykvm restore"),
@@ -145,7 +152,7 @@ PARSER = Parser(
 
 
 # The options that make virtio devices; pykvm.cli.devices knows what their values mean.
-DEVICE_OPTIONS: tuple[str, ...] = ("disk", "net", "rng", "balloon", "vsock", "console")
+DEVICE_OPTIONS: tuple[str, ...] = ("disk", "net", "rng", "balloon", "vsock", "console", "share")
 
 
 # The longest time from a signal to its handler: Python runs the handler between two bytecodes, so that a signal in the

@@ -39,6 +39,7 @@ class VirtioDevice:
     queue_sizes  the maximum size of each queue, powers of two up to 1024
     external     a back end in another process serves the queues: nothing here polls their kick eventfds
     own_thread   handlers run on an I/O thread of this device alone, for one whose requests may block
+    shared_memory  guest memory has to be memfds that another process can map (MachineConfig.memfd)
     native       C serves the queues as well: they and the lock are those of pykvm.virtio.native
     limit        a RateLimit that `on_notify` keeps to, or None
     """
@@ -49,6 +50,7 @@ class VirtioDevice:
     queue_sizes: Sequence[int] = ()
     external = False
     own_thread = False
+    shared_memory = False
     native = False
     limit: RateLimit | None = None
     throttle: Throttle | None = None  # made by `bind` from `limit`

@@ -107,7 +107,9 @@ class VirtioMmio(Device):
 
     @property
     def offered(self) -> int:
-        """Feature bits that the device offers."""
+        """Feature bits that the device offers; of a device with a back end the latter's, with those of its rings."""
+        if self.device.external:
+            return int(self.device.features)
         return int(self.device.features | VERSION_1 | INDIRECT_DESC | EVENT_IDX)
 
     # -- the machine's side -------------------------------------------------------------------------------------
