@@ -56,5 +56,6 @@ int pk_own_mounts(void) {
 
 int pk_readonly_mounts(void) {
     struct mount_attr attributes = {.attr_set = MOUNT_ATTR_RDONLY};
-    return syscall(SYS_mount_setattr, AT_FDCWD, "/", AT_RECURSIVE, &attributes, sizeof attributes) ? -errno : 0;
+    return syscall(SYS_mount_setattr, AT_FDCWD, "/", AT_RECURSIVE, &attributes, sizeof attributes) ? -errno
+                                                                                                   : 0;
 }

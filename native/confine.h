@@ -4,11 +4,11 @@
 
 /* The kernel kills this process when the thread that forked it ends: 0 or -errno. */
 int pk_die_with_parent(void);
-/* Puts this process into a mount namespace of its own (in a user namespace of its own, where it is root, if it is
- * not root already). Returns 0 or -errno. */
+/* Puts this process into a mount namespace of its own (in a user namespace of its own, where it is root, if
+ * it is not root already). Returns 0 or -errno. */
 int pk_own_mounts(void);
-/* Makes every mount of the process's namespace read-only, so that nothing it starts writes a file: 0 or -errno.
- * Needs Linux 5.12. */
+/* Makes every mount of the process's namespace read-only, so that nothing it starts writes a file: 0 or
+ * -errno. Needs Linux 5.12. */
 int pk_readonly_mounts(void);
 
 #endif

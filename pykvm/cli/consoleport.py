@@ -158,7 +158,7 @@ def _connect_input(pc: Pc, port: ConsolePort, end: SerialPort, fd: int, keys: Ca
 
 def _open_stdio(pc: Pc, port: ConsolePort, end: SerialPort, *, capture: bool) -> None:
     if not capture:
-        out = _non_blocking(1)
+        out = open_output(1)
         end.add(lambda: os.close(out))
         _connect_output(pc, port, end, out).on_broken = pc.stop_soon
     _connect_input(pc, port, end, 0, escape_keys(pc) if os.isatty(0) else None)
@@ -166,7 +166,7 @@ def _open_stdio(pc: Pc, port: ConsolePort, end: SerialPort, *, capture: bool) ->
         _follow_size(pc, port, end)
 
 
-def _non_blocking(fd: int) -> int:
+def open_output(fd: int) -> int:
     """Another descriptor; a terminal or pipe is opened anew, for O_NONBLOCK is shared by all who hold the old one."""
     if os.isatty(fd) or stat.S_ISFIFO(os.fstat(fd).st_mode):
         try:

@@ -109,6 +109,16 @@ class ConsolePort:
         with self._device.transport.lock:
             self.sink = self.on_rx_space = None
 
+    @property
+    def drained(self) -> bool:
+        """Whether the sink has all that the guest wrote until now; what it has not is offered to it (again)."""
+        transport = self._device.transport
+        with transport.lock:
+            if transport.live:
+                transport.guarded(self.drain)
+            waiting = transport.guarded(self.tx.pending) if transport.live and self.tx.enabled else 0
+            return self._held is None and not waiting
+
     # -- the device's side --------------------------------------------------------------------------------------
 
     def _fill(self, data: bytes) -> int:

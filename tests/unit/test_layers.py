@@ -54,7 +54,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "what exists": ("pykvm.boot", "pykvm.devices", "pykvm.virtio"),
     "the board": ("pykvm.board",),
-    "verbs that front ends share": ("pykvm.control",),
+    "verbs that front ends share": ("pykvm.control", "pykvm.kernels"),
     "people and programs": ("pykvm.cli", "pykvm.testing", "pykvm.__main__", "pykvm"),
 }
 
