@@ -25,7 +25,7 @@ def _disk(text: str) -> VirtioDevice:
 
     path, words = split_spec("--disk", text, ("ro", "direct", "thread"), ("id", "queues", "format", *RATE_KEYS))
     if not path:
-        raise UsageError("--disk: no file given: --disk FILE[,ro][,id=TEXT][,direct][,thread][,queues=N][,format=qcow2]")
+        raise UsageError("--disk: no file given: --disk FILE[,ro][,id=TEXT][,direct][,thread][,queues=N][,format=..]")
     if words.get("format", "raw") != "raw":
         return _image_disk(path, words)
     return Disk(

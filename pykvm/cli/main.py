@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 COMMANDS = {
     "start": ("pykvm.cli.start", "boot a kernel or firmware, its console on this terminal"),
     "run": ("pykvm.cli.run", "run a command in a virtual machine with this host's files"),
-    "trace": ("pykvm.cli.trace", "show, sum up and export a trace of exits"),
     "trace": ("pykvm.cli.trace", "show a trace of exits, or follow any process that uses KVM"),
     "restore": ("pykvm.cli.restore", "go on with a machine that was saved"),
     "doctor": ("pykvm.cli.doctor", "say what this host can do, and what to do about what is missing"),

@@ -41,7 +41,7 @@ class BackendSource:
     name = "back end"
     option = "vhost-user"
     restarts = False
-    advice = ""
+    advice = "it goes on with the requests that the old one had not finished"
     remedy = "Reset the device in the guest, or start the machine again"
 
     def connect(self) -> socket.socket:

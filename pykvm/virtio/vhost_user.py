@@ -122,7 +122,6 @@ class VhostUser(VirtioDevice):
         words = self.source.last_words() or why
         now = monotonic()
         self._deaths = [then for then in self._deaths if now - then < RESTART_WINDOW_S] + [now]
-        advice = self.source.advice
         if self.source.restarts and len(self._deaths) <= RESTARTS:
             try:
                 if self.features & ~self._connect():
@@ -134,7 +133,12 @@ class VhostUser(VirtioDevice):
                 self._hang_up()
                 words = f"{words}; starting it again failed: {error}"
             else:
-                log.warning("vhost-user back end died and was started again", device=self.name, why=words, note=advice)
+                log.warning(
+                    "vhost-user back end died and was started again",
+                    device=self.name,
+                    why=words,
+                    note=self.source.advice,
+                )
                 return
         self.transport.needs_reset(f"{self.source.name} is gone: {words}. {self.source.remedy}")
 

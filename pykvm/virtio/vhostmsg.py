@@ -122,7 +122,8 @@ class Connection:
     def idle_fault(self) -> str | None:
         """Nothing was asked, and the socket is readable: what that means; None for a false alarm."""
         try:
-            if self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+            self.socket.settimeout(0)  # MSG_DONTWAIT alone would not do: Python waits before it asks the kernel
+            if self.socket.recv(1, socket.MSG_PEEK):
                 return "it sent a message that nobody asked for"
         except OSError as error:
             return None if error.errno in (errno.EAGAIN, errno.EINTR) else f"{error.strerror}"

@@ -5,26 +5,16 @@ from __future__ import annotations
 import os
 import re
 import signal
-import struct
 from pathlib import Path
 
 import pexpect
+from qcow2 import qcow2
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 MARKER = "pykvm-initramfs: up"
-
-
-def qcow2(path: Path, size: int) -> Path:
-    """An empty qcow2 image, version 2 (QEMU docs/interop/qcow2.txt): header, refcount table and block, L1 table."""
-    cluster = 1 << 16
-    header = struct.pack(">4sIQIIQIIQQIIQ", b"QFI\xfb", 2, 0, 0, 16, size, 0, 1, 3 * cluster, cluster, 1, 0, 0)
-    refcounts = struct.pack(">4H", 1, 1, 1, 1)
-    pieces = (header, struct.pack(">Q", 2 * cluster), refcounts, b"")
-    path.write_bytes(b"".join(piece.ljust(cluster, b"\0") for piece in pieces))
-    return path
 
 
 def kill_virtiofsd(folder: Path) -> None:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from qcow2 import qcow2
 
 from pykvm.cli.devices import MAKERS
 from pykvm.errors import ConfigError, UsageError
@@ -26,16 +27,6 @@ needs_virtiofsd = pytest.mark.skipif(
 needs_storage_daemon = pytest.mark.skipif(
     not shutil.which("qemu-storage-daemon"), reason="qemu-storage-daemon is not installed"
 )
-
-
-def qcow2(path: Path, size: int) -> Path:
-    """An empty qcow2 image, version 2 (QEMU docs/interop/qcow2.txt): header, refcount table and block, L1 table."""
-    cluster = 1 << 16
-    header = struct.pack(">4sIQIIQIIQQIIQ", b"QFI\xfb", 2, 0, 0, 16, size, 0, 1, 3 * cluster, cluster, 1, 0, 0)
-    refcounts = struct.pack(">4H", 1, 1, 1, 1)
-    pieces = (header, struct.pack(">Q", 2 * cluster), refcounts, b"")
-    path.write_bytes(b"".join(piece.ljust(cluster, b"\0") for piece in pieces))
-    return path
 
 
 @pytest.fixture

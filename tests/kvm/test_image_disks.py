@@ -1,0 +1,87 @@
+"""qcow2 disks on a real /dev/kvm: qemu-storage-daemon serves the driver of images/blk.c past pykvm."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import struct
+import threading
+from typing import TYPE_CHECKING
+
+import guests
+import pytest
+from qcow2 import qcow2
+
+from pykvm import log
+from pykvm.virtio.imagedisk import ImageDisk
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SIZE = 4 << 20
+pytestmark = pytest.mark.skipif(
+    not shutil.which("qemu-storage-daemon"), reason="qemu-storage-daemon (qemu-system-common) is not installed"
+)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """An empty disk of 4 MiB."""
+    return qcow2(tmp_path / "disk.qcow2", SIZE)
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "how", "queues"), [("", "polled", 1), ("irq=1", "by interrupt", 1), ("irq=1", "by interrupt", 2)]
+)
+def test_data_come_back(image: Path, cmdline: str, how: str, queues: int) -> None:
+    """A guest reads what it wrote, and the image holds it; kicks and interrupts go straight to the daemon and back."""
+    disk = ImageDisk(str(image), "qcow2", queues=queues)
+    outcome, text = guests.run("blk.elf", f"mode=check count=16 {cmdline}", devices=[disk])
+    assert (outcome.kind, outcome.code) == ("DEBUG_EXIT", 0), text
+    assert f"blk: 16 blocks of 4096 bytes, {how}, ok" in text
+    assert struct.pack("<512Q", *range(3 * 1000003, 3 * 1000003 + 512)) in image.read_bytes()
+
+
+def test_a_read_only_disk_stays_as_it_is(image: Path) -> None:
+    """A guest that writes all the same gets an I/O error."""
+    before = image.read_bytes()
+    disk = ImageDisk(str(image), "qcow2", readonly=True)
+    outcome, text = guests.run("blk.elf", "mode=probe type=1 sector=8", devices=[disk])
+    assert "type 1 at sector 8: status 1" in text
+    assert outcome.code == 0 and image.read_bytes() == before
+
+
+def test_a_reset_machine_uses_its_disk_again(image: Path) -> None:
+    """After a reset the driver starts anew on the same disk, served by the same daemon."""
+    disk = ImageDisk(str(image), "qcow2")
+    process = disk.source.process  # type: ignore[attr-defined]
+    with guests.pc("blk.elf", "mode=check count=4", devices=[disk]) as machine:
+        for _ in range(2):
+            outcome = machine.run(guests.RUN_S)
+            assert (outcome.kind, outcome.code) == ("DEBUG_EXIT", 0)
+            machine.reset()
+        assert disk.source.process is process and process.poll() is None  # type: ignore[attr-defined]
+    assert guests.text(machine).count("ok") == 2
+    assert process.poll() is not None
+
+
+def test_a_killed_daemon_is_replaced_under_the_guest(image: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """kill -9 of the daemon between two requests: a new one goes on where it was, the guest's data are all there."""
+    log.configure()
+    disk = ImageDisk(str(image), "qcow2")
+    killed = threading.Event()
+    with guests.pc("blk.elf", "mode=check count=200", devices=[disk]) as machine:
+        original = disk.activate
+
+        def activate(features: int) -> None:
+            original(features)
+            os.kill(disk.source.process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+            killed.set()
+
+        disk.activate = activate  # type: ignore[method-assign]
+        outcome = machine.run(guests.RUN_S)
+        assert (outcome.kind, outcome.code) == ("DEBUG_EXIT", 0), guests.text(machine)
+    assert killed.is_set()
+    said = capfd.readouterr().err
+    assert "was started again" in said and "SIGKILL" in said
