@@ -79,7 +79,8 @@ class Side:
     def rings(self, table: list[Descriptor], inner: list[Descriptor], heads: list[int], idx: int, event: int) -> None:
         """What the driver wrote."""
         for at, entries in ((DESC, table), (TABLE, inner)):
-            for i, entry in enumerate(entries):
+            after = [(TABLE + 0x400, 16, 0, 0)]  # a good descriptor right behind the table
+            for i, entry in enumerate(entries + after):
                 self.memory.write(at + 16 * i, struct.pack("<QIHH", *entry))
         self.memory.write(AVAIL, struct.pack(f"<HH{SIZE}HH", event & 1, idx, *heads, event))
 
