@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pykvm.core.outcome import Outcome
     from pykvm.core.vcpu import Vcpu
     from pykvm.debug.breakpoints import Debugger
+    from pykvm.debug.traps import Site
 
 LOOK_AGAIN_S = 0.01  # whether a vCPU that was asked to park has left the guest for another reason
 
@@ -78,13 +79,16 @@ class Stepper:
     def over(self, vcpu: Vcpu, pc: int) -> Outcome | None:
         """Execute the instruction at `pc`, if the vCPU is still there and a breakpoint is too."""
         there = self._debugger.pc(vcpu) == pc and self._debugger.at(vcpu, pc)
-        return self.step(vcpu) if there else None
+        return self._step(vcpu, out_of_trap=True) if there else None
 
     def step(self, vcpu: Vcpu) -> Outcome | None:
         """Execute one instruction, whatever breakpoints are on it.
 
         A vCPU that is called away before it has done so makes up for it when it next enters the guest.
         """
+        return self._step(vcpu, out_of_trap=False)
+
+    def _step(self, vcpu: Vcpu, *, out_of_trap: bool) -> Outcome | None:
         debugger = self._debugger
         pc = debugger.pc(vcpu)
         site = debugger.site(vcpu, pc)
@@ -95,6 +99,9 @@ class Stepper:
             debugger.traps.lift(site)
         try:
             done, outcome = self._one(vcpu)
+            # a trap of several bytes may hide the next instruction, too
+            while out_of_trap and site is not None and done and outcome is None and self._inside(vcpu, pc, site):
+                done, outcome = self._one(vcpu)
         finally:
             if site is not None:
                 debugger.traps.plant(site)
@@ -104,6 +111,9 @@ class Stepper:
         if not done:
             vcpu.before_run = lambda vcpu: self.over(vcpu, pc)
         return outcome
+
+    def _inside(self, vcpu: Vcpu, start: int, site: Site) -> bool:
+        return start < self._debugger.pc(vcpu) < start + len(site.code)
 
     def _one(self, vcpu: Vcpu) -> tuple[bool, Outcome | None]:
         """(whether the instruction was executed, what ended the run)."""

@@ -1,9 +1,10 @@
 """`Machine.call`: a function of the guest, called from the host as a C compiler would. Layer: live objects.
 
 The guest is stopped at some instruction; the call happens as if an interrupt came there: on the same stack below what
-is in use, with every register put back afterwards. The function returns to the address where the guest stands, which
-is mapped and executable, and a breakpoint there tells. When the function itself runs through that place (the guest
-stood in its `print`), the stack pointer is another one, and it goes on.
+is in use, with every register put back afterwards. The function returns to a place that is mapped and executable, where
+a breakpoint tells: where the guest stands. On hosts whose breakpoints are longer than the shortest instruction that may
+hide what a branch goes to, so there it is the function's own first instruction. When the function itself runs through
+that place (the guest stood in its `print`, or it is recursive), the stack pointer is another one, and it goes on.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def call(
     state = vcpu.capture_state()
     _check_mode(machine, state)
     address = machine.debugger.resolve(function)
-    frame = Frame(machine.memory, state, stack)
+    place = linear_rip(state) if len(machine.debugger.support.trap.code) == 1 else address
+    frame = Frame(machine.memory, state, stack, place - (state.cs.base if bitness(state) == 32 else 0))
     frame.push(arguments)
     name = function if isinstance(function, str) else machine.symbols.describe(address)
     saved = _Saved(machine, vcpu)
@@ -90,7 +92,7 @@ def call(
         saved.make_runnable()
         flags = state.gprs["rflags"] & ~(RFLAGS_TF | RFLAGS_DF)
         vcpu.regs.update(rip=address, rsp=frame.rsp, rflags=flags, **frame.registers)
-        low, high = _run(machine, name, linear_rip(state), frame.returned_rsp, timeout)
+        low, high = _run(machine, name, place, frame.returned_rsp, timeout)
     finally:
         saved.restore()
     frame.copy_back()

@@ -31,10 +31,10 @@ class Frame:
     word  bytes in a machine word: 8 or 4
     """
 
-    def __init__(self, memory: GuestMemory, state: CpuState, stack: int | None) -> None:
+    def __init__(self, memory: GuestMemory, state: CpuState, stack: int | None, return_address: int) -> None:
         self.word = bitness(state) // 8
         self.registers: dict[str, int] = {}
-        self._return_address = state.gprs["rip"]
+        self._return_address = return_address
         self._base = state.ss.base if self.word == 4 else 0
         self._stack = GuestStack(memory, state, stack_pointer(state)[0] - RED_ZONE if stack is None else stack)
         self._buffers: list[tuple[bytearray, int]] = []

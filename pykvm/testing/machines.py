@@ -54,13 +54,10 @@ def give_up(config: pytest.Config, reason: str) -> NoReturn:
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Fail a fixture with the message alone where that says everything: a mistake in the marker, a boot that failed."""
-    message = ""
     try:
         yield
     except (UsageError, GuestError) as error:
-        message = str(error)
-    if message:  # not in the handler: pytest would show both errors
-        pytest.fail(message, pytrace=False)
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
 
 
 class Machines:

@@ -244,6 +244,7 @@ def test_mistakes_are_one_line(project: pytest.Pytester, marker: str, message: s
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines([message])
     result.stdout.no_fnmatch_line("*pykvm/testing*")
+    result.stdout.no_fnmatch_line("*another exception*")
 
 
 def test_a_disk_is_there(project: pytest.Pytester) -> None:

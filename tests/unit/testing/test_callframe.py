@@ -45,7 +45,7 @@ def state_of(memory: GuestMemory, bits: int, rsp: int) -> CpuState:
 def test_a_frame_is_as_the_abi_wants(memory: GuestMemory, bits: int, arguments: list[Argument], rsp: int) -> None:
     """Return address at the stack pointer, arguments aligned behind it or in registers, copies where pointers say."""
     word = bits // 8
-    frame = Frame(memory, state_of(memory, bits, rsp), None)
+    frame = Frame(memory, state_of(memory, bits, rsp), None, RIP)
     frame.push(arguments)
     assert memory.read_uint(frame.rsp, word) == RIP
     assert (frame.rsp + word) % 16 == 0
@@ -65,7 +65,7 @@ def test_a_frame_is_as_the_abi_wants(memory: GuestMemory, bits: int, arguments: 
 
 def test_numbers_that_do_not_fit_are_refused(memory: GuestMemory) -> None:
     """32-bit code takes no 64-bit number in one argument."""
-    frame = Frame(memory, state_of(memory, 32, 8 * MIB), None)
+    frame = Frame(memory, state_of(memory, 32, 8 * MIB), None, RIP)
     with pytest.raises(ConfigError, match="does not fit into 32 bits"):
         frame.push([1 << 32])
 
