@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pykvm.virtio.queue import Virtqueue
 
 MAX_PORTS = 16
-QUEUE_SIZE = 64
+QUEUE_SIZE = 128
 CHUNK = 64 << 10  # bytes that a sink gets at a time
 TURN = 1 << 20  # bytes that one port may print before the I/O thread turns to other work
 CHAIN_COST = 1024  # bytes that a short chain counts as
