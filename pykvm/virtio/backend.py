@@ -59,9 +59,8 @@ class BackendSource:
 class ProcessBackend(BackendSource):
     """A program that serves the listening socket whose descriptor it is given.
 
-    command       descriptor -> the words of the command
-    own_mounts    run in a mount namespace of its own, as root of a user namespace if pykvm is not root
-    readonly      in a namespace in which every mount is read-only
+    command   descriptor -> the words of the command
+    readonly  run in a mount namespace in which every mount is read-only (in a user namespace, if pykvm is not root's)
     """
 
     restarts = True
@@ -72,13 +71,12 @@ class ProcessBackend(BackendSource):
         option: str,
         command: Callable[[int], Sequence[str]],
         *,
-        own_mounts: bool = False,
         readonly: bool = False,
     ) -> None:
         self.name = name
         self.option = option
         self._command = command
-        self._confinement = "readonly" if readonly else "mounts" if own_mounts else "none"
+        self._confinement = "readonly" if readonly else "none"
         self.process: subprocess.Popen[bytes] | None = None
         self._said = -1
         self._end = ""
@@ -193,9 +191,8 @@ def check(result, what):
         print(f"cannot {what}: {os.strerror(-result)}", file=sys.stderr)
         os._exit(126)
 check(lib.pk_die_with_parent(), "follow pykvm's end")
-if confinement != "none":
-    check(lib.pk_own_mounts(), "make a mount namespace")
 if confinement == "readonly":
+    check(lib.pk_own_mounts(), "make a mount namespace")
     check(lib.pk_readonly_mounts(), "make the mounts read-only")
 try:
     os.execvp(words[0], words)

@@ -88,12 +88,16 @@ class Virtiofsd(ProcessBackend):
         self.program = find_virtiofsd()
         self.path, self.cache = path, cache
         self.rust = "--shared-dir" in _help(self.program)
+        if os.geteuid() and not self.rust:
+            raise ConfigError(
+                "share",
+                f"{self.program} (virtiofsd of QEMU) works for root only: run pykvm as root, or install the "
+                "virtiofsd that is written in Rust",
+            )
         self.sandbox = "namespace" if _can_pivot() else "chroot"
         if self.sandbox != "namespace":
             log.debug("virtiofsd runs in a chroot: this process's root is no mount that pivot_root takes")
-        super().__init__(
-            "virtiofsd", "share", self.command, own_mounts=bool(readonly or os.geteuid()), readonly=readonly
-        )
+        super().__init__("virtiofsd", "share", self.command, readonly=readonly)
 
     def command(self, fd: int) -> Sequence[str]:
         """The words for either command line."""

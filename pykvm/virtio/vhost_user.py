@@ -41,6 +41,7 @@ class VhostUser(VirtioDevice):
     """
 
     external = True
+    own_thread = True  # a new back end takes a moment, one that hangs some seconds
     shared_memory = True
     has_config = False  # whether the back end holds the configuration space (VHOST_USER_PROTOCOL_F_CONFIG)
 

@@ -82,6 +82,7 @@ def test_a_killed_daemon_is_replaced_under_the_guest(image: Path, capfd: pytest.
         disk.activate = activate  # type: ignore[method-assign]
         outcome = machine.run(guests.RUN_S)
         assert (outcome.kind, outcome.code) == ("DEBUG_EXIT", 0), guests.text(machine)
+    log.configure()
     assert killed.is_set()
     said = capfd.readouterr().err
     assert "was started again" in said and "SIGKILL" in said

@@ -186,6 +186,10 @@ class Driver:
 class StillIo(IoThread):
     """An I/O thread without a thread: `run` does in the test what is ready."""
 
+    def sibling(self, name: str) -> IoThread:
+        """No second thread either."""
+        return self
+
     def add_reader(self, fd: int, callback: object) -> None:
         """Remember the callback."""
         self._readers[fd] = callback  # type: ignore[assignment]

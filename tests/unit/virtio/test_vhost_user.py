@@ -53,10 +53,12 @@ class Configured(Remote):
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Do not wait long for a back end that hangs; log to this test's stderr."""
     log.configure()
     monkeypatch.setattr(msg.Connection.__init__, "__defaults__", (0.2,))
+    yield
+    log.configure()
 
 
 @pytest.fixture
