@@ -38,7 +38,10 @@ class Chain:
         return sum(map(len, self.writable))
 
     def read(self, size: int | None = None, offset: int = 0) -> bytes:
-        """A copy of up to `size` readable bytes from `offset` on, fewer where the chain is shorter."""
+        """A copy of up to `size` readable bytes from `offset` on, fewer where the chain is shorter.
+
+        Name a size: a chain of a hostile driver has up to 4 GiB.
+        """
         return b"".join(slices(self.readable, offset, size))
 
     def write(self, data: Bytes, offset: int = 0) -> int:

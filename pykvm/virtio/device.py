@@ -7,7 +7,7 @@ A device is a class; this one answers each request with its text in capitals:
         queue_sizes = (64,)
 
         def on_request(self, queue: Virtqueue, chain: Chain) -> int | None:
-            return chain.write(chain.read().upper())
+            return chain.write(chain.read(4096).upper())
 
 `Pc(kernel, devices=[Shout()])` puts it on a virtio-mmio transport. Handlers run on the machine's I/O thread under the
 transport's lock, one at a time; register and configuration accesses come from vCPU threads under the same lock. A

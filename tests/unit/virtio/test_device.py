@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from driver import EVENT_IDX, Driver
 
 from pykvm._native import lib
+from pykvm.virtio import device
 from pykvm.virtio.device import VirtioDevice
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ class Shout(VirtioDevice):
 
     def on_request(self, queue: Virtqueue, chain: Chain) -> int | None:
         """Answer in capitals."""
-        return chain.write(chain.read().upper())
+        return chain.write(chain.read(4096).upper())
 
 
 class Later(Shout):
@@ -37,6 +39,13 @@ class Later(Shout):
 
 
 Drive = "Callable[[VirtioDevice], Driver]"
+
+
+def test_the_documentation_has_this_example() -> None:
+    """README and docstring show the device that is tested here."""
+    handler = "return chain.write(chain.read(4096).upper())"
+    readme = Path(__file__).parents[3] / "README.md"
+    assert handler in readme.read_text() and handler in (device.__doc__ or "")
 
 
 def test_answers_a_request(drive: Drive) -> None:
