@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pykvm.errors import (
         CallError,
         ConfigError,
+        DebugUnsupported,
         DeviceError,
         ExpectError,
         GuestAddressError,
@@ -54,9 +55,9 @@ _HOMES = {
     "pykvm.core.vcpu": ("Exit", "Vcpu"),
     "pykvm.debug.symbols": ("Symbols",),
     "pykvm.errors": (
-        "CallError", "ConfigError", "DeviceError", "ExpectError", "GuestAddressError", "GuestError", "HostError",
-        "ImageError", "KvmError", "KvmUnavailable", "MachineStateError", "MissingCapability", "PykvmError",
-        "SnapshotError", "SymbolError", "UsageError",
+        "CallError", "ConfigError", "DebugUnsupported", "DeviceError", "ExpectError", "GuestAddressError",
+        "GuestError", "HostError", "ImageError", "KvmError", "KvmUnavailable", "MachineStateError", "MissingCapability",
+        "PykvmError", "SnapshotError", "SymbolError", "UsageError",
     ),
     "pykvm.kvm.system": ("Kvm",),
     "pykvm.x86.segments": ("CpuState", "Segment"),
@@ -67,6 +68,7 @@ __all__ = [
     "CallError",
     "ConfigError",
     "CpuState",
+    "DebugUnsupported",
     "Device",
     "DeviceError",
     "Exit",

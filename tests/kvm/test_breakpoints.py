@@ -8,11 +8,10 @@ import guests
 import pytest
 from realmode import BASE, HLT, SPIN, machine, mov_al, out_al, out_loop
 
-from pykvm import ConfigError, Device, Machine, Outcome, Vcpu
+from pykvm import ConfigError, DebugUnsupported, Device, Machine, Outcome, Vcpu
 from pykvm._native import lib
 from pykvm.debug.breakpoints import Breakpoint
 from pykvm.debug.hostdebug import debug_support
-from pykvm.errors import DebugUnsupported
 from pykvm.x86.states import long_mode, protected_flat
 
 RUN_S = 60
