@@ -123,6 +123,41 @@ def test_booted_vm_is_each_tests_own(project: pytest.Pytester) -> None:
     result.assert_outcomes(passed=6)
 
 
+SIGNALS = """
+__attribute__((noinline)) void later(void) { print("later\\r\\n"); }
+void kmain(void) {
+    print("early\\r\\n"); later(); outb(0xf4, 9); print("at last\\r\\n"); for (;;) __asm__ volatile("cli\\nhlt");
+}
+"""
+
+
+def test_how_far_a_boot_goes(pytester: pytest.Pytester) -> None:
+    """A boot ends at a console line, a debug-exit, a port write or a function, and each fork goes on from there."""
+    cguest.build(pytester.path, SIGNALS)
+    result = run(
+        pytester,
+        """
+        import pytest
+
+        UNTIL = ["early", "debug_exit", "debug_exit:9", "port_write:0xf4=9", "rip:later", {"rip": "later"}]
+        WAYS = [pytest.param(each, marks=pytest.mark.pykvm("guest64.elf", until=each)) for each in UNTIL]
+
+        @pytest.mark.parametrize("way", WAYS)
+        @pytest.mark.parametrize("number", range(2))
+        def test_it(booted_vm, way, number):
+            if "rip" in way:
+                assert booted_vm.regs.rip == booted_vm.symbols["later"]
+                assert booted_vm.run().code == 9
+            outcome = booted_vm.run()
+            if way == "early" and outcome.kind == "DEBUG_EXIT":
+                outcome = booted_vm.run()
+            assert outcome.kind == "HALTED"
+            booted_vm.console.expect("at last")
+        """,
+    )
+    result.assert_outcomes(passed=12)
+
+
 def test_a_failed_test_tells_of_its_guest(project: pytest.Pytester, kernel: str) -> None:
     """The report has the outcome, the crash report, the place, the exits and the console; files have it as well."""
     result = run(
