@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pykvm.debug.coverage import Coverage
     from pykvm.debug.exittrace import OnEvent, Trace
     from pykvm.debug.gdbstub.server import GdbServer
+    from pykvm.debug.profile.sampler import Profiler
     from pykvm.debug.symbols import Symbols
     from pykvm.debug.trace.exittrace import ExitTrace
     from pykvm.debug.traps import Traps
@@ -163,6 +164,12 @@ class Debugging:
         from pykvm.debug.trace.exittrace import ExitTrace
 
         return ExitTrace(self, path)  # type: ignore[arg-type]
+
+    def profile(self, rate_hz: float = 999.0) -> Profiler:
+        """Sample where the vCPUs are, `rate_hz` times a second, until the profiler's `close` or the machine's."""
+        from pykvm.debug.profile.sampler import Profiler
+
+        return Profiler(self, rate_hz)  # type: ignore[arg-type]
 
     def step_vcpu(self, vcpu: Vcpu) -> Outcome | None:
         """`Vcpu.step`."""

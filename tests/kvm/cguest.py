@@ -25,13 +25,13 @@ START = {
 }
 
 
-def build(folder: Path, source: str, bits: int = 64, name: str = "guest") -> str:
+def build(folder: Path, source: str, bits: int = 64, name: str = "guest", *flags: str) -> str:
     """The path of the ELF file made of `source`, which has a kmain; PRELUDE gives it serial output."""
     code = folder / f"{name}{bits}.c"
     code.write_text(
         PRELUDE.replace("static u64 stack", "__attribute__((used)) static u64 stack") + START[bits] + source
     )
     output = code.with_suffix(".elf")
-    options = [*_COMPILE.split(), *_LINK.split(), f"-m{bits}"] + (["-march=i686"] if bits == 32 else [])
+    options = [*_COMPILE.split(), *flags, *_LINK.split(), f"-m{bits}"] + (["-march=i686"] if bits == 32 else [])
     subprocess.run(["gcc", *options, "-o", str(output), str(code)], check=True)
     return str(output)
