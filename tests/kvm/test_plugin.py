@@ -9,7 +9,7 @@ from pathlib import Path
 import cguest
 import pytest
 
-from pykvm import restore_file
+from pykvm import Pc, SnapshotError, restore_file
 
 # pytester forgets after each run what was imported in it: these stay
 for _name in ("board", "debug.breakpoints", "debug.elfsymbols", "debug.render", "debug.stats", "testing.report"):
@@ -29,6 +29,7 @@ void kmain(void) {
     for (;;) {
         char c = get();
         if (c == 'q') outb(0xf4, 5);
+        if (c == 'p') outb(0x5000, 1);
         if (c == 'c') { print("going wild\\r\\n"); ((void (*)(void))0xfd000000)(); }
         if (c == 'h') for (;;) __asm__ volatile("pause");
         put(c); print(" ok\\r\\n");
@@ -121,6 +122,32 @@ def test_booted_vm_is_each_tests_own(project: pytest.Pytester) -> None:
         """,
     )
     result.assert_outcomes(passed=6)
+
+
+@pytest.mark.parametrize("method", ["snapshot", "fork"])
+def test_what_cannot_be_forked_is_booted_again(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """With a device that cannot be saved each test still gets a booted guest of its own, and a warning says why."""
+
+    def refuse(*arguments: object) -> None:
+        raise SnapshotError("tape cannot be saved")
+
+    monkeypatch.setattr(Pc, method, refuse)
+    result = run(
+        project,
+        """
+        import pytest
+
+        @pytest.mark.parametrize("number", range(2))
+        def test_it(booted_vm, number):
+            assert booted_vm.call("touch") == 1
+            booted_vm.console.send("x")
+            booted_vm.console.expect("x ok")
+        """,
+    )
+    result.assert_outcomes(passed=2, warnings=1)
+    result.stdout.fnmatch_lines(["*booted_vm boots anew for every test: tape cannot be saved"])
 
 
 SIGNALS = """
@@ -239,6 +266,40 @@ def test_a_hung_guest_is_stopped(project: pytest.Pytester, wait: str) -> None:
     result.stdout.fnmatch_lines(
         ["outcome: <Outcome TIMEOUT: its 0.4 s of guest-run time are used up>", "vCPU 0: * kmain*"]
     )
+
+
+def test_a_device_that_hangs_fails_its_test_only(project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python code of a device that does not return is reported, and the test run goes on."""
+    monkeypatch.setattr("pykvm.core.machine.STOP_TIMEOUT_S", 0.2)
+    result = run(
+        project,
+        """
+        import threading
+        import pytest
+        import pykvm
+
+        gate = threading.Event()
+
+        class Stuck(pykvm.Device):
+            name = "stuck"
+
+            def write(self, offset, size, value):
+                gate.wait(60)
+
+        @pytest.mark.pykvm(timeout=0.2)
+        def test_it(booted_vm):
+            booted_vm.attach(Stuck(), ports=range(0x5000, 0x5001))
+            booted_vm.console.send("p")
+            booted_vm.run()
+
+        def test_next(booted_vm):
+            gate.set()
+            booted_vm.console.send("x")
+            booted_vm.console.expect("x ok")
+        """,
+    )
+    result.assert_outcomes(passed=1, failed=1, errors=1)
+    result.stdout.fnmatch_lines_random(["E *does not stop: a device's code hangs", "*hangs in a device's code*"])
 
 
 def test_a_boot_that_fails_fails_each_test(project: pytest.Pytester) -> None:
