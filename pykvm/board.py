@@ -23,7 +23,7 @@ from pykvm.devices.ports import PostCode, SystemControlA, SystemControlB
 from pykvm.devices.pvpanic import PvPanic
 from pykvm.devices.rtc import Rtc
 from pykvm.devices.serial import LSR, LSR_IDLE, THR, Serial
-from pykvm.errors import ConfigError, MachineStateError, SnapshotError
+from pykvm.errors import ConfigError, MachineStateError
 from pykvm.x86 import layout
 from pykvm.x86.acpi import build_acpi, build_image
 from pykvm.x86.mptable import build_mptable
@@ -146,9 +146,15 @@ class Pc(Machine):
 
     def similar(self, image: Sequence[SlotImage]) -> Pc:
         """A new PC with the same devices over this memory, its vCPUs as after power-on (see `fork`)."""
-        if self.virtio:
-            raise SnapshotError(f"{self.virtio[0].name}: virtio devices cannot be forked yet")
-        twin = Pc(self.boot_config, self.config, image=image, **self._options)  # type: ignore[arg-type]
+        devices: list[VirtioDevice] = []
+        try:
+            for transport in self.virtio:
+                devices.append(transport.device.twin())
+        except BaseException:
+            for device in devices:
+                device.close()
+            raise
+        twin = Pc(self.boot_config, self.config, image=image, devices=devices, **self._options)  # type: ignore[arg-type]
         twin.boot = self.boot
         return twin
 
@@ -157,7 +163,8 @@ class Pc(Machine):
         boot = self.boot_config
         names = BootConfig.__slots__
         plain = None if boot is None else {name: getattr(boot, name) for name in names}
-        return "pc", {**self._options, "boot": plain}
+        devices = [[*each.device.recipe()] for each in self.virtio]
+        return "pc", {**self._options, "boot": plain, "devices": devices}
 
     # -- devices ------------------------------------------------------------------------------------------------
 

@@ -23,9 +23,10 @@ def _disk(text: str) -> VirtioDevice:
     from pykvm.virtio.blk import Disk
     from pykvm.virtio.rate import RATE_KEYS, parse_rate
 
-    path, words = split_spec("--disk", text, ("ro", "direct", "thread"), ("id", "queues", "format", *RATE_KEYS))
+    flags = ("ro", "direct", "thread", "overlay")
+    path, words = split_spec("--disk", text, flags, ("id", "queues", "format", *RATE_KEYS))
     if not path:
-        raise UsageError("--disk: no file given: --disk FILE[,ro][,id=TEXT][,direct][,thread][,queues=N][,format=..]")
+        raise UsageError("--disk: no file given: --disk FILE[,ro][,id=TEXT][,direct][,overlay][,queues=N][,format=..]")
     if words.get("format", "raw") != "raw":
         return _image_disk(path, words)
     return Disk(
@@ -34,6 +35,7 @@ def _disk(text: str) -> VirtioDevice:
         id=words.get("id", ""),
         direct="direct" in words,
         thread="thread" in words,
+        overlay="overlay" in words,
         queues=parse_int(words.get("queues", "1"), "queues"),
         limit=parse_rate(words),
     )

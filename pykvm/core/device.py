@@ -39,6 +39,15 @@ class Device:
     def reset(self) -> None:
         """Return to the power-on state (machine reset)."""
 
+    def hold(self) -> None:
+        """Touch neither guest memory nor the state that `save` gives until `release`; both come from one thread."""
+
+    def release(self) -> None:
+        """Undo `hold`."""
+
+    def check_snapshot(self, *, to_file: bool) -> None:
+        """Raise SnapshotError when it cannot take part in a snapshot, in memory or for a file."""
+
     def save(self) -> State:
         """Its state as plain data; the vCPUs are paused."""
         return self.shape.take(self) if self.shape is not None else {}

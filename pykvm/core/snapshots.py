@@ -19,6 +19,7 @@ class Snapshots:
     def snapshot(self) -> Snapshot:
         """The machine as it is now: memory, vCPUs, interrupt controllers, clock, devices. It goes on as it was.
 
+        Writable disks take part when they have an overlay, and other virtio devices when they can be saved.
         Memory is not copied but shared copy-on-write from now on, so this is cheap with `memfd=True`; a machine with
         anonymous memory has what it ever wrote copied the first time. Callable from any state and any thread but a
         vCPU's. Raises SnapshotError for a device that cannot be saved.
@@ -49,7 +50,8 @@ class Snapshots:
 
         An existing file is replaced at the end, whole. With `parent`, a Snapshot that `save` returned, only the pages
         that are not as there are written. `compress` makes it small (zstd); restoring it then has to unpack all memory
-        first. `pykvm.restore_file(path)` makes a machine of it. Raises SnapshotError.
+        first. Disks are not in the file: restoring wants their images unchanged, so pause the machine before, and
+        close it after. `pykvm.restore_file(path)` makes a machine of it. Raises SnapshotError.
         """
         from pykvm.snapshot.save import save
 

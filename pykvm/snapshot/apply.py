@@ -6,7 +6,7 @@ from pykvm._native import lib
 from pykvm.core.memimage import install, revert
 from pykvm.errors import KvmError, SnapshotError
 from pykvm.snapshot.cpu import VCPU_SHAPE, VM_SHAPE, restore_clock, restore_vm
-from pykvm.snapshot.take import named_devices, take
+from pykvm.snapshot.take import held, named_devices, take
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def restore(machine: Machine, snapshot: Snapshot) -> None:
     """`Machine.restore`."""
     devices = check(machine, snapshot)
     machine.pause()
-    machine.frozen(lambda: _restore(machine, snapshot, devices))
+    machine.frozen(lambda: held(machine, lambda: _restore(machine, snapshot, devices)))
     machine.forget_end()
 
 

@@ -29,7 +29,7 @@ def save(machine: Machine, path: str, snapshot: Snapshot | None, parent: Snapsho
     """`Machine.save`."""
     if parent is not None and parent.file is None:
         raise SnapshotError("the parent of a differential snapshot has to be saved itself first")
-    snapshot = snapshot or take(machine)
+    snapshot = snapshot or take(machine, to_file=True)
     if parent is not None and [(i.gpa, i.size) for i in parent.memory] != [(i.gpa, i.size) for i in snapshot.memory]:
         raise SnapshotError("the parent has other memory slots than the machine")
     temporary = f"{path}.{os.getpid()}.tmp"

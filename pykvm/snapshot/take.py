@@ -13,16 +13,35 @@ from pykvm.snapshot.state import Part, Snapshot
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from typing import TypeVar
 
     from pykvm.core.device import Device
     from pykvm.core.machine import Machine
 
+    T = TypeVar("T")
 
-def take(machine: Machine) -> Snapshot:
+
+def take(machine: Machine, *, to_file: bool = False) -> Snapshot:
     """`Machine.snapshot`."""
     check_hugepages(machine.memory)
-    return machine.frozen(lambda: _take(machine))
+    for _, device in named_devices(machine):
+        check = getattr(device, "check_snapshot", None)
+        if check is not None:
+            check(to_file=to_file)
+    return machine.frozen(lambda: held(machine, lambda: _take(machine)))
+
+
+def held(machine: Machine, function: Callable[[], T]) -> T:
+    """function() while no device works beside the vCPUs."""
+    devices = [device for _, device in named_devices(machine) if hasattr(device, "hold")]
+    for device in devices:
+        device.hold()
+    try:
+        return function()
+    finally:
+        for device in reversed(devices):
+            device.release()
 
 
 def _take(machine: Machine) -> Snapshot:

@@ -12,7 +12,8 @@ import struct
 
 from pykvm import log
 from pykvm._native import ffi, lib
-from pykvm.errors import ConfigError
+from pykvm.core.state import U64, Row, Shape
+from pykvm.errors import ConfigError, SnapshotError
 from pykvm.virtio.chain import slices
 from pykvm.virtio.device import VirtioDevice
 from pykvm.virtio.diskfile import SECTOR, DiskFile
@@ -22,6 +23,7 @@ from pykvm.virtio.native import NativeLock, NativeQueue, interrupt_of
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pykvm._native import CData
+    from pykvm.core.memimage import SlotImage
     from pykvm.virtio.chain import Chain
     from pykvm.virtio.mmio import VirtioMmio
     from pykvm.virtio.queue import Virtqueue
@@ -75,6 +77,8 @@ class Disk(VirtioDevice):
     queues    request queues, one for each CPU that shall have its own
     limit     a rate limit for bytes and requests; Python then serves them all
     thread    an I/O thread of its own: a flush that takes long holds up no other device
+    overlay   keep what the guest writes in memory: the image is only read, and gone is what was written at the end.
+              Snapshots and forks of a machine take its writable disks along only so
     native    C serves what it can; False: Python does, as C's reference
 
     A writer has the image to itself: another one, of pykvm or QEMU, is refused. Raises ConfigError.
@@ -92,8 +96,11 @@ class Disk(VirtioDevice):
         queues: int = 1,
         limit: RateLimit | None = None,
         thread: bool = False,
+        overlay: bool = False,
         native: bool = True,
     ) -> None:
+        if overlay and (readonly or direct):
+            raise ConfigError("disk", "an overlay is neither read-only nor direct")
         if not id.isascii() or len(id) > ID_BYTES or not id.isprintable():
             raise ConfigError("disk", f"id {id!r} is not up to {ID_BYTES} printable ASCII characters")
         if not 1 <= queues <= MAX_QUEUES:
@@ -103,19 +110,27 @@ class Disk(VirtioDevice):
         self.id = id.encode()
         self.limit = limit
         self.queue_sizes = (QUEUE_SIZE,) * queues
-        self.file = DiskFile(self.path, readonly=readonly, direct=direct)
+        self._recipe = {"readonly": readonly, "id": id, "direct": direct, "queues": queues, "thread": thread}
+        self.file = self._open(readonly, direct, overlay)
         self.capacity = self.file.size // SECTOR
         self.features = _bits("SEG_MAX", "GEOMETRY", "BLK_SIZE", "TOPOLOGY", "FLUSH")
         self.features |= _bits("RO") if readonly else _bits("DISCARD", "WRITE_ZEROES")
         if queues > 1:
             self.features |= _bits("MQ")
-        self.native, self.own_thread = native, thread
+        self.native, self.own_thread = native and not overlay, thread
         self.errors = 0
         self._requests = dict.fromkeys(NAMES, 0)
         self._said: set[str] = set()
         self._config = self._make_config()
         self._plane: CData = ffi.new("struct pk_blk *")
         self._plane_queues: list[CData] = []
+
+    def _open(self, readonly: bool, direct: bool, overlay: bool) -> DiskFile:
+        if not overlay:
+            return DiskFile(self.path, readonly=readonly, direct=direct)
+        from pykvm.virtio.overlay import OverlayFile
+
+        return OverlayFile(self.path)
 
     @property
     def requests(self) -> dict[str, int]:
@@ -197,6 +212,57 @@ class Disk(VirtioDevice):
         if verdict != lib.PK_BLK_DONE:
             self.transport.notify(queue.index)
         self.transport.interrupt(queue)
+
+    # -- snapshots ----------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> Shape:  # type: ignore[override]
+        """Which image it is, and the overlay's content."""
+        from pykvm.virtio.overlay import Layers
+
+        return Shape(1, stamp=Row(U64, U64), overlay=Layers())
+
+    @property
+    def _overlay(self) -> SlotImage | None:
+        freeze = getattr(self.file, "freeze", None)
+        return freeze() if freeze is not None else None
+
+    @_overlay.setter
+    def _overlay(self, image: SlotImage | None) -> None:
+        be = getattr(self.file, "be", None)
+        if (be is None) is not (image is None):
+            raise SnapshotError(f"{self.name}: with an overlay in the machine or in the snapshot, but not in both")
+        if be is not None:
+            be(image)
+
+    @property
+    def _stamp(self) -> list[int]:
+        """Size and time of the last change of the image."""
+        if not self.file.readonly and not hasattr(self.file, "freeze"):
+            self.file.flush()
+        status = os.fstat(self.file.plain_fd)
+        return [self.file.size, 0 if self.file.is_block else status.st_mtime_ns]
+
+    @_stamp.setter
+    def _stamp(self, value: list[int]) -> None:
+        if value != self._stamp:
+            raise SnapshotError(f"{self.name}: the image has changed since the snapshot")
+
+    def check_snapshot(self, *, to_file: bool) -> None:
+        """Refuse what would be lost, or what would outlive a snapshot in memory."""
+        overlaid = hasattr(self.file, "freeze")
+        if to_file and overlaid:
+            raise SnapshotError(f"{self.name}: its overlay is in memory and cannot be saved to a file")
+        if not to_file and not overlaid and not self.file.readonly:
+            raise SnapshotError(f"{self.name}: a snapshot would not keep what is on it: give it overlay, or ro")
+
+    def twin(self) -> Disk:
+        """The same image, its overlay to be filled in by `restore`."""
+        return Disk(self.path, **self._recipe, overlay=hasattr(self.file, "freeze"), limit=self.limit)  # type: ignore[arg-type]
+
+    def recipe(self) -> tuple[str, dict[str, object]]:
+        """Its options; a file does not remember a rate limit."""
+        return "disk", {"path": os.path.abspath(self.path), **self._recipe}
 
     # -- requests (5.2.6) ---------------------------------------------------------------------------------------
 

@@ -17,6 +17,8 @@ reaches whoever waits for it.
 
 from __future__ import annotations
 
+from pykvm.errors import SnapshotError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from pykvm.core.console import Console
     from pykvm.core.iothread import IoThread
     from pykvm.core.memory import GuestMemory
+    from pykvm.core.state import Shape, State
     from pykvm.virtio.chain import Chain
     from pykvm.virtio.mmio import VirtioMmio
     from pykvm.virtio.queue import Virtqueue
@@ -42,6 +45,8 @@ class VirtioDevice:
     shared_memory  guest memory has to be memfds that another process can map (MachineConfig.memfd)
     native       C serves the queues as well: they and the lock are those of pykvm.virtio.native
     limit        a RateLimit that `on_notify` keeps to, or None
+    shape        what `save` gives (core.state; STATELESS for nothing beside the queues); None: it cannot be saved.
+                 A device that can finishes every request under the transport's lock
     """
 
     name = "virtio"
@@ -54,6 +59,8 @@ class VirtioDevice:
     native = False
     limit: RateLimit | None = None
     throttle: Throttle | None = None  # made by `bind` from `limit`
+
+    shape: Shape | None = None
 
     transport: VirtioMmio  # set by `bind`
     io: IoThread
@@ -120,6 +127,28 @@ class VirtioDevice:
 
     def close(self) -> None:
         """Release host resources; the machine is closing, and its I/O thread has ended."""
+
+    # -- snapshots ----------------------------------------------------------------------------------------------
+
+    def save(self) -> State:
+        """Its own state, beside registers and queues."""
+        return self.shape.take(self) if self.shape is not None else {}
+
+    def restore(self, state: State) -> None:
+        """Continue from it; the device was reset, and `activate` follows if the driver is ready."""
+        if self.shape is not None:
+            self.shape.put(self, state)
+
+    def check_snapshot(self, *, to_file: bool) -> None:
+        """Raise SnapshotError when a snapshot in memory, or one for a file, would not be what it seems."""
+
+    def twin(self) -> VirtioDevice:
+        """A device for a fork of the machine. Raises SnapshotError where there cannot be one."""
+        raise SnapshotError(f"{self.name} cannot be forked: leave it out")
+
+    def recipe(self) -> tuple[str, dict[str, object]]:
+        """(kind, options) of what makes it again, for a snapshot file. Raises SnapshotError where nothing does."""
+        raise SnapshotError(f"{self.name} cannot be saved to a file: leave it out")
 
     # -- what a device calls ------------------------------------------------------------------------------------
 

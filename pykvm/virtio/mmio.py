@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pykvm.core.iothread import IoThread
     from pykvm.core.memory import GuestMemory
     from pykvm.core.outcome import Outcome
+    from pykvm.core.state import Shape, State
     from pykvm.kvm.vm import VmFd
     from pykvm.virtio.device import VirtioDevice
     from pykvm.virtio.native import NativeLock
@@ -135,6 +136,66 @@ class VirtioMmio(Device):
             for queue in self.queues:
                 queue.reset()
             self._forget()
+
+    # -- snapshots ----------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> Shape:  # type: ignore[override]
+        """What `save` gives: registers, queues, and what the device adds."""
+        from pykvm.virtio.saved import shape_of
+
+        return shape_of(self)
+
+    def hold(self) -> None:
+        """Serve nothing until `release`, on the same thread."""
+        self.lock.__enter__()
+
+    def release(self) -> None:
+        """Undo `hold`."""
+        self.lock.__exit__(None, None, None)
+
+    def check_snapshot(self, *, to_file: bool) -> None:
+        """The device's answer."""
+        self.device.check_snapshot(to_file=to_file)
+
+    def save(self) -> State:
+        """See pykvm.virtio.saved."""
+        from pykvm.virtio.saved import save
+
+        return save(self)
+
+    def restore(self, state: State) -> None:
+        """See pykvm.virtio.saved."""
+        from pykvm.virtio.saved import restore
+
+        restore(self, state)
+
+    def registers(self) -> dict[str, int]:
+        """The registers that the driver has written, and InterruptStatus."""
+        return {
+            "status": self.status,
+            "driver_features": self.driver_features,
+            "feature_page": self._feature_page,
+            "driver_page": self._driver_page,
+            "queue_index": self._queue_index,
+            "interrupt_status": self._word[0],
+            "generation": self._generation,
+        }
+
+    def set_registers(self, state: State) -> None:
+        """Set them, without any of the effects of writing."""
+        self.status, self.driver_features = state["status"], state["driver_features"]
+        self._feature_page, self._driver_page = state["feature_page"], state["driver_page"]
+        self._queue_index, self._generation = state["queue_index"], state["generation"]
+        self._word[0] = state["interrupt_status"]
+
+    def look_again(self) -> None:
+        """Serve what may have been made available, and repeat an interrupt that may not have come through."""
+        for queue in self.queues:
+            if queue.enabled and not self.device.external:
+                self.notify(queue.index)
+        if self._word[0]:
+            os.eventfd_write(self.call, 1)
 
     def close(self) -> None:
         """Release everything; the machine's I/O thread has ended."""

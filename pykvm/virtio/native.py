@@ -84,11 +84,12 @@ class NativeQueue(Virtqueue):
         self.state.next_used = value
 
     @property
-    def _signalled(self) -> int:
+    def signalled(self) -> int:
+        """`next_used` when the driver was last interrupted."""
         return int(self.state.signalled)
 
-    @_signalled.setter
-    def _signalled(self, value: int) -> None:
+    @signalled.setter
+    def signalled(self, value: int) -> None:
         self.state.signalled = value
 
 

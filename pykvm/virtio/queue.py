@@ -52,7 +52,7 @@ class Virtqueue:
         self.generation += 1
         self.next_avail = 0  # free-running 16-bit indexes, as in the rings
         self.next_used = 0
-        self._signalled = 0  # next_used when the driver was last interrupted
+        self.signalled = 0  # next_used when the driver was last interrupted
         self._event_idx = self._indirect = False
         self._desc = self._avail = self._used = self._used_idx = memoryview(b"")
 
@@ -183,9 +183,9 @@ class Virtqueue:
 
     def should_interrupt(self) -> bool:
         """Whether the driver wants to hear of what was pushed since the last call (2.7.7, 2.7.10)."""
-        if not self.enabled or self.next_used == self._signalled:
+        if not self.enabled or self.next_used == self.signalled:
             return False
-        old, self._signalled = self._signalled, self.next_used
+        old, self.signalled = self.signalled, self.next_used
         lib.pk_fence()  # used.idx must be out before the driver's wish is read
         if self._event_idx:
             event = self._avail[2 + self.size]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 from pykvm._native import lib
+from pykvm.core.state import STATELESS
 from pykvm.virtio.device import VirtioDevice
 
 TYPE_CHECKING = False
@@ -25,9 +26,18 @@ class Rng(VirtioDevice):
     name = "virtio-rng"
     device_id = lib.VIRTIO_ID_RNG
     queue_sizes = (64,)
+    shape = STATELESS
 
     def __init__(self, limit: RateLimit | None = None) -> None:
         self.limit = limit
+
+    def twin(self) -> Rng:
+        """Another one, within the same rate limit."""
+        return Rng(self.limit)
+
+    def recipe(self) -> tuple[str, dict[str, object]]:
+        """A file does not remember a rate limit."""
+        return "rng", {}
 
     def on_request(self, queue: Virtqueue, chain: Chain) -> int | None:
         """Random bytes for what is writable; a buffer that is readable is none of ours (5.4.6.1)."""

@@ -1,0 +1,96 @@
+"""A disk image whose changes stay in memory. Layer: virtio.
+
+The image is mapped copy-on-write: the kernel keeps what was written as this process's own pages, and a snapshot of the
+disk is what a snapshot of memory is (core.memimage). The file itself is opened for reading, which any number of
+machines may do; who holds it for writing is refused, so that it cannot change or shrink under the mapping.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+from pykvm._native import lib
+from pykvm.core.memimage import Backing, Extent, SlotImage, capture, install, revert
+from pykvm.core.memory import PAGE_SIZE, Slot
+from pykvm.core.state import Kind
+from pykvm.errors import ConfigError, SnapshotError
+from pykvm.virtio.diskfile import DiskFile
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Layers(Kind):
+    """What a disk's state in memory holds of its overlay: a SlotImage, or None without one. No file can hold it."""
+
+    def __init__(self) -> None:
+        super().__init__("the content of an overlay")
+
+    def accepts(self, value: object) -> bool:
+        """Such an object, or None."""
+        return value is None or isinstance(value, SlotImage)
+
+
+class OverlayFile(DiskFile):
+    """A DiskFile that is written in memory. Raises ConfigError."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, readonly=True)
+        self.readonly = False
+        size = (self.size + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
+        try:
+            memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | lib.MAP_NORESERVE)
+            self._slot = Slot(0, 0, size, memory, "disk", False, -1)
+            backing = Backing(os.dup(self.plain_fd))
+            install(self._slot, SlotImage(0, 0, size, "disk", False, [Extent(0, size, backing, 0)]))
+        except (OSError, SnapshotError) as error:
+            self.close()
+            raise ConfigError("disk", f"{path}: cannot be mapped: {error}") from None
+
+    def close(self) -> None:
+        """Forget what was written."""
+        slot = getattr(self, "_slot", None)
+        if slot is not None and slot.image is not None:
+            slot.image = None
+            slot.view.release()
+            slot.map.close()
+        super().close()
+
+    def freeze(self) -> SlotImage:
+        """The content now; this file goes on as a copy-on-write user of it."""
+        return capture(self._slot)
+
+    def be(self, image: SlotImage) -> None:
+        """Have this content. Raises SnapshotError when it is that of another disk."""
+        if not image.fits(self._slot):
+            raise SnapshotError(f"{self.path}: the snapshot's disk has {image.size} bytes")
+        if self._slot.image is image:
+            revert(self._slot)
+        else:
+            install(self._slot, image)
+
+    # -- moving data: offsets were checked against `size` ---------------------------------------------------------
+
+    def read(self, buffers: Sequence[memoryview], offset: int) -> None:
+        """Fill `buffers` from `offset` on."""
+        for buffer in buffers:
+            buffer[:] = self._slot.view[offset : offset + len(buffer)]
+            offset += len(buffer)
+
+    def write(self, buffers: Sequence[memoryview], offset: int, *, sync: bool = False) -> None:
+        """Store `buffers` at `offset`; there is nothing to sync."""
+        for buffer in buffers:
+            self._slot.view[offset : offset + len(buffer)] = buffer
+            offset += len(buffer)
+
+    def flush(self) -> None:
+        """Memory has no other place to go to."""
+
+    def discard(self, offset: int, length: int) -> None:
+        """The content of discarded sectors is undefined: let it be."""
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        """Zeroes."""
+        self._slot.view[offset : offset + length] = bytes(length)
