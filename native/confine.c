@@ -54,6 +54,8 @@ int pk_own_mounts(void) {
     return mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) ? -errno : 0;
 }
 
+int pk_bind_root(const char *at) { return mount("/", at, NULL, MS_BIND | MS_REC, NULL) ? -errno : 0; }
+
 int pk_readonly_mounts(void) {
     struct mount_attr attributes = {.attr_set = MOUNT_ATTR_RDONLY};
     return syscall(SYS_mount_setattr, AT_FDCWD, "/", AT_RECURSIVE, &attributes, sizeof attributes) ? -errno

@@ -355,6 +355,7 @@ int pk_net_send(struct pk_net *net);
 #define PK_IFNAME_SIZE ...
 int pk_die_with_parent(void);
 int pk_own_mounts(void);
+int pk_bind_root(const char *at);
 int pk_readonly_mounts(void);
 
 int pk_tap_open(char *name);

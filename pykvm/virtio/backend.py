@@ -61,6 +61,8 @@ class ProcessBackend(BackendSource):
 
     command   descriptor -> the words of the command
     readonly  run in a mount namespace in which every mount is read-only (in a user namespace, if pykvm is not root's)
+    root_at   a folder at which a mount namespace of its own has the root again, for a program that would make a part of
+              the tree its root and cannot do so with the root itself; "" for none
     """
 
     restarts = True
@@ -72,11 +74,12 @@ class ProcessBackend(BackendSource):
         command: Callable[[int], Sequence[str]],
         *,
         readonly: bool = False,
+        root_at: str = "",
     ) -> None:
         self.name = name
         self.option = option
         self._command = command
-        self._confinement = "readonly" if readonly else "none"
+        self._confinement = ("readonly" if readonly else "", root_at)
         self.process: subprocess.Popen[bytes] | None = None
         self._said = -1
         self._end = ""
@@ -98,7 +101,7 @@ class ProcessBackend(BackendSource):
         os.set_blocking(self._said, False)
         os.set_blocking(said_end, False)  # what nobody reads must not hold it up
         package = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-        words = [sys.executable, "-P", "-c", LAUNCH, package, self._confinement, *self._command(fd)]
+        words = [sys.executable, "-P", "-c", LAUNCH, package, *self._confinement, *self._command(fd)]
         try:
             self.process = spawn(
                 words, pass_fds=(fd,), stdin=subprocess.DEVNULL, stdout=said_end, stderr=said_end, process_group=0
@@ -183,7 +186,7 @@ def _connect_privately(listener: socket.socket, option: str) -> socket.socket:
 # Run by a bare interpreter between fork and exec: dies with pykvm, is confined, becomes the program.
 LAUNCH = """
 import os, sys
-_, package, confinement, *words = sys.argv
+_, package, readonly, root_at, *words = sys.argv
 sys.path.insert(0, package)
 from pykvm._native import lib
 def check(result, what):
@@ -191,8 +194,11 @@ def check(result, what):
         print(f"cannot {what}: {os.strerror(-result)}", file=sys.stderr)
         os._exit(126)
 check(lib.pk_die_with_parent(), "follow pykvm's end")
-if confinement == "readonly":
+if readonly or root_at:
     check(lib.pk_own_mounts(), "make a mount namespace")
+if root_at:
+    check(lib.pk_bind_root(root_at.encode()), "mount the root a second time")
+if readonly:
     check(lib.pk_readonly_mounts(), "make the mounts read-only")
 try:
     os.execvp(words[0], words)

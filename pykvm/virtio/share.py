@@ -27,6 +27,7 @@ QUEUES = 1  # request queues: Linux 6.1 uses one
 
 # Debian 12 and Ubuntu 22.04 (in qemu-system-common); Debian 13, Ubuntu 24.04, Fedora (the one written in Rust)
 PLACES = ("/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/lib/qemu/virtiofsd")
+ROOT_AT = "/tmp"  # pivot_root takes no "/": in virtiofsd's own mount namespace the whole tree is at this folder as well
 ADVICE = "requests in flight failed; umount and mount the share again in the guest"
 
 
@@ -86,7 +87,7 @@ class Virtiofsd(ProcessBackend):
 
     def __init__(self, path: str, readonly: bool, cache: str) -> None:
         self.program = find_virtiofsd()
-        self.path, self.cache = path, cache
+        self.path, self.cache = (ROOT_AT if path == "/" else path), cache
         self.rust = "--shared-dir" in _help(self.program)
         if os.geteuid() and not self.rust:
             raise ConfigError(
@@ -97,7 +98,7 @@ class Virtiofsd(ProcessBackend):
         self.sandbox = "namespace" if _can_pivot() else "chroot"
         if self.sandbox != "namespace":
             log.debug("virtiofsd runs in a chroot: this process's root is no mount that pivot_root takes")
-        super().__init__("virtiofsd", "share", self.command, readonly=readonly)
+        super().__init__("virtiofsd", "share", self.command, readonly=readonly, root_at=ROOT_AT if path == "/" else "")
 
     def command(self, fd: int) -> Sequence[str]:
         """The words for either command line."""
