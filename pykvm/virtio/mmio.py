@@ -81,6 +81,7 @@ class VirtioMmio(Device):
         self.queues = [make_queue(index, size, memory) for index, size in enumerate(device.queue_sizes)]
         self.kicks = [_eventfd() for _ in self.queues]
         self.call = _eventfd()
+        self._wired = False
         self.faults = 0
         self._word: CData = ffi.new("uint32_t *")  # InterruptStatus
         self._on_ready = {index: self._handler(queue) for index, queue in enumerate(self.queues)}
@@ -117,6 +118,11 @@ class VirtioMmio(Device):
 
     def connect(self, vm: VmFd) -> None:
         """Wire the eventfds to a VM (a new one after a machine reset)."""
+        if self._wired:  # the old VM may not be closed yet (core.reaper), and an eventfd interrupts one VM only
+            fresh = _eventfd()
+            os.dup2(fresh, self.call, inheritable=False)  # the number is known to C
+            os.close(fresh)
+        self._wired = True
         vm.irqfd(self.call, self.gsi)
         for index, kick in enumerate(self.kicks):
             vm.ioeventfd(kick, self.base + lib.VIRTIO_MMIO_QUEUE_NOTIFY, 4, match=index)
