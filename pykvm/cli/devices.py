@@ -153,7 +153,7 @@ def make_devices(values: dict[str, Any]) -> list[VirtioDevice]:
     try:
         for key, make in MAKERS.items():
             given = values.get(key)
-            texts = given if isinstance(given, list) else [given] if given else []
+            texts = given if isinstance(given, list) else [] if given in (None, False) else [given]
             devices += [make("" if text is True else text) for text in texts]
         devices += [group(values[key]) for key, group in GROUPS.items() if values.get(key)]
     except BaseException:
@@ -178,7 +178,7 @@ def split_spec(
         if key in words and key in many:
             value = f"{words[key]}\n{value}"
         elif key in words:
-            raise UsageError(f"{option}: {key} is given twice in {text!r}")
+            raise UsageError(f"{option}: {key} is given twice in {text.lstrip(',')!r}")
         if key not in (keys if equals else flags):
             known = ", ".join([*flags, *(f"{name}=..." for name in keys)])
             raise UsageError(f"{option}: {word!r} is none of {known or 'nothing: it takes no options'}")

@@ -265,7 +265,7 @@ def _configs(values: dict[str, Any], rest: list[str]) -> tuple[BootConfig, Machi
 
 
 def _devices(values: dict[str, Any]) -> list[VirtioDevice]:
-    if not any(values[key] for key in DEVICE_OPTIONS):
+    if all(values[key] in (None, False, []) for key in DEVICE_OPTIONS):
         return []
     from pykvm.cli.devices import make_devices
 

@@ -64,6 +64,56 @@ def is_one_line(errors: str) -> bool:
     return errors.startswith("pykvm: ") and errors.endswith("\n") and errors[:-1].isprintable()
 
 
+# An option that makes a device, and what its message names.
+WRONG_DEVICES = (
+    ("--disk ,ro", "no file given"),
+    ("--disk /nonexistent", "/nonexistent: No such file"),
+    ("--disk /", "a directory is no disk"),
+    ("--disk /dev/null", "a character device is no disk"),
+    (f"--disk {HELLO}", "hold no sector"),
+    (f"--disk {MULTIBOOT},rw", "'rw' is none of"),
+    (f"--disk {MULTIBOOT},ro,ro", "ro is given twice"),
+    (f"--disk {MULTIBOOT},ro,overlay", "overlay"),
+    (f"--disk {MULTIBOOT},ro,queues=17", "17 queues"),
+    (f"--disk {MULTIBOOT},ro,rate=0", "rate: '0'"),
+    (f"--disk {MULTIBOOT},ro,iops=x", "iops: 'x'"),
+    (f"--disk {MULTIBOOT},format=foo", "format=foo"),
+    ("--net ", "--net: ''"),
+    ("--net bridge", "--net: 'bridge'"),
+    ("--net user,ifname=x", "'ifname=x' is none of"),
+    ("--net user,hostfwd=x", "hostfwd: 'x'"),
+    ("--net user,hostfwd=tcp::99999-:22", "99999"),
+    ("--net tap,ifname=a_name_that_is_too_long", "ifname"),
+    ("--net tap,fd=x", "fd: 'x'"),
+    ("--net tap,fd=99", "fd 99"),
+    ("--net tap,ifname=x,fd=3", "either"),
+    ("--console ", "--console: ''"),
+    ("--console tcp:1", "'tcp:1'"),
+    ("--console file:/", "file:/"),
+    ("--console unix:/nonexistent/x", "/nonexistent/x"),
+    ("--console unix:/", "no socket"),
+    ("--console none,port=", "port="),
+    ("--balloon=huge", "'huge'"),
+    ("--balloon=size=x", "balloon: 'x'"),
+    ("--balloon=size=1T", "balloon: 1099511627776"),
+    ("--balloon=size=1M,size=2M", "size is given twice in 'size=1M,size=2M'"),
+    ("--rng=rate=0", "rate: '0'"),
+    ("--rng=fast", "'fast'"),
+    ("--vsock ", "--vsock: ''"),
+    ("--vsock 3", "--vsock: '3'"),
+    ("--vsock 3:", "'3:'"),
+    ("--vsock 2:sock", "CID 2"),
+    ("--vsock 3:/nonexistent/x", "/nonexistent/x"),
+    ("--vsock 3:/", "no socket"),
+    ("--share ", "no folder given"),
+    ("--share /nonexistent", "/nonexistent"),
+    (f"--share {HELLO}", HELLO),
+    ("--share .,rw", "'rw' is none of"),
+    ("--share .,cache=x", "cache=x"),
+    (f"--share .:{'t' * 40}", "36 bytes"),
+)
+
+
 # -- options ---------------------------------------------------------------------------------------------------
 
 
@@ -128,6 +178,9 @@ def is_one_line(errors: str) -> bool:
         (["--append", "x", HELLO], "command line"),
         (["--module", HELLO, HELLO], "modules"),
         (["--append", "a" * 70_000, str(IMAGES / "pvh.elf")], "70000"),
+        (["--irqchip", "none", "--rng", HELLO], "virtio-rng"),
+        (["--log-level", "error", *["--disk", f"{MULTIBOOT},ro"] * 40, HELLO], "16 virtio devices"),
+        *(([*words.split(" ", 1), HELLO], named) for words, named in WRONG_DEVICES),
     ],
 )
 def test_wrong_options(arguments: list[str], named: str, call: Call) -> None:
@@ -267,6 +320,7 @@ GOOD = {  # values of each option that make sense, though perhaps not together
     "--balloon": ("size=16M", "no-reporting"),
     "--rng": ("rate=1000",),
     "--vsock": ("3:sock",),
+    "--share": ("/nonexistent", ".,cache=x"),  # a real one starts a process each time
     "--save": ("saved",),
     "--trace": ("traced",),
     "--log-level": tuple(log.LEVELS),
