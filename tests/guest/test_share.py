@@ -41,9 +41,10 @@ class Shell:
 
     def run(self, command: str) -> tuple[str, int]:
         """Run one command."""
-        self.console.sendline(f"{command}; echo status=$?.")
-        self.console.expect(r"status=(\d+)\.")
-        return self.console.before.partition("\n")[2].replace("\r", ""), int(self.console.match[1])
+        self.console.sendline(f"echo be''gin; {command}; echo status=$?.")
+        self.console.expect(r"\nbegin\r*\n(.*)status=(\d+)\.")
+        said, status = self.console.match.groups()
+        return said.replace("\r", ""), int(status)
 
 
 def test_shares_and_qcow2(
@@ -110,7 +111,7 @@ def disk(guest: Shell, image: Path) -> None:
 def death(guest: Shell, folder: Path) -> None:
     """A killed virtiofsd is started again and pykvm says so; the old mount gives errors, a new one works."""
     kill_virtiofsd(folder)
-    guest.console.expect("vhost-user back end died and was started again.*SIGKILL.*mount the share again")
+    guest.console.expect("vhost-user back end died and was started again.*mount the share again.*SIGKILL")
     said, status = guest.run("echo 3 >/proc/sys/vm/drop_caches; cat /data/hello 2>&1")
     assert status == 1 and re.search("error|Bad file descriptor|No such file", said, re.IGNORECASE), said
     assert guest.run("umount /data; mount -t virtiofs data /data && cat /data/hello") == ("hello from data\n", 0)
