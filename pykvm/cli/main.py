@@ -18,6 +18,7 @@ COMMANDS = {
     "run": ("pykvm.cli.run", "run a command in a virtual machine with this host's files"),
     "trace": ("pykvm.cli.trace", "show a trace of exits, or follow any process that uses KVM"),
     "profile": ("pykvm.cli.profile", "boot a kernel and sample where it spends its time"),
+    "top": ("pykvm.cli.top", "show the machines of this host at work"),
     "restore": ("pykvm.cli.restore", "go on with a machine that was saved"),
     "doctor": ("pykvm.cli.doctor", "say what this host can do, and what to do about what is missing"),
     "version": ("pykvm.cli.version", "print the versions of pykvm, of its KVM header and of this host's KVM"),

@@ -362,10 +362,15 @@ def _wait(pc: Pc, timeout: float | None, saver: Saver | None) -> Outcome:
     from pykvm.core.outcome import Outcome
 
     end = float("inf") if timeout is None else monotonic() + timeout
+    published = False
     while (left := end - monotonic()) > 0:
         outcome = pc.wait(min(left, SIGNAL_LAG_S))
         if outcome is not None:
             return outcome
+        if not published:  # a run that lasts: let `pykvm top` see it
+            from pykvm.control.status import serve
+
+            published = serve(pc) or True
         if saver is not None:
             saver.work(pc)
     return Outcome("TIMEOUT", detail=f"after {timeout:g} s")
