@@ -31,8 +31,8 @@ def test_reader_and_writer_of_one_socket(io: IoThread) -> None:
     readable, writable = threading.Event(), threading.Event()
 
     def on_writable() -> None:
-        writable.set()
         io.remove_writer(ours.fileno())
+        writable.set()
 
     def on_readable() -> None:
         ours.recv(100)
@@ -54,7 +54,7 @@ def test_writer_waits_for_room(io: IoThread) -> None:
     os.set_blocking(writer, False)
     size = os.write(writer, b"x" * (1 << 20))
     room = threading.Event()
-    io.add_writer(writer, lambda: (room.set(), io.remove_writer(writer)))
+    io.add_writer(writer, lambda: (io.remove_writer(writer), room.set()))
     assert not room.wait(0.05)
     os.read(reader, size)
     assert room.wait(10)
