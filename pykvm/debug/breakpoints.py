@@ -220,6 +220,12 @@ class Debugger:
         gpa = self.translate(vcpu, pc).gpa if len(self.traps) else None
         return None if gpa is None else self.traps.at(gpa)
 
+    def site_around(self, vcpu: Vcpu, pc: int) -> Site | None:
+        """The software breakpoint whose second byte is at `pc`."""
+        if len(self.support.trap.code) == 1 or not len(self.traps):
+            return None
+        return self.site(vcpu, pc - 1)
+
     def slots_at(self, pc: int) -> list[int]:
         """The hardware breakpoints at `pc`."""
         return [
@@ -316,7 +322,10 @@ class Debugger:
 
     def step(self, vcpu: Vcpu) -> Outcome | None:
         """See Vcpu.step."""
-        return self.stepper.step(vcpu)
+        outcome = self.stepper.step(vcpu)
+        if outcome is None and vcpu.before_run is None:
+            vcpu.before_run = self.stepper.out
+        return outcome
 
     def check_step(self, vcpu: Vcpu) -> None:
         """Raises DebugUnsupported where the vCPU cannot be stepped."""

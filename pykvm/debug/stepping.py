@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pykvm.debug.breakpoints import Debugger
     from pykvm.debug.traps import Site
 
+LONGEST_WAY_OUT = 16  # steps; a guest that jumps about inside of two bytes has to live with what it gets
 LOOK_AGAIN_S = 0.01  # whether a vCPU that was asked to park has left the guest for another reason
 
 
@@ -78,8 +79,20 @@ class Stepper:
 
     def over(self, vcpu: Vcpu, pc: int) -> Outcome | None:
         """Execute the instruction at `pc`, if the vCPU is still there and a breakpoint is too."""
-        there = self._debugger.pc(vcpu) == pc and self._debugger.at(vcpu, pc)
-        return self._step(vcpu, out_of_trap=True) if there else None
+        if self._debugger.pc(vcpu) != pc or not self._debugger.at(vcpu, pc):
+            return None
+        outcome = self.step(vcpu)
+        return outcome if outcome is not None or vcpu.before_run is not None else self.out(vcpu)
+
+    def out(self, vcpu: Vcpu) -> Outcome | None:
+        """Step until the vCPU is not within the bytes of a breakpoint: a trap may be longer than its instruction."""
+        for _ in range(LONGEST_WAY_OUT):
+            if self._debugger.site_around(vcpu, self._debugger.pc(vcpu)) is None:
+                break
+            outcome = self.step(vcpu)
+            if outcome is not None or vcpu.before_run is not None:
+                return outcome
+        return None
 
     def step(self, vcpu: Vcpu) -> Outcome | None:
         """Execute one instruction, whatever breakpoints are on it.
@@ -91,7 +104,7 @@ class Stepper:
     def _step(self, vcpu: Vcpu, *, out_of_trap: bool) -> Outcome | None:
         debugger = self._debugger
         pc = debugger.pc(vcpu)
-        site = debugger.site(vcpu, pc)
+        site = debugger.site(vcpu, pc) or debugger.site_around(vcpu, pc)
         debug = debugger.guest_debug[vcpu.index]
         debug.suspended = frozenset(debugger.slots_at(pc))
         if site is not None:

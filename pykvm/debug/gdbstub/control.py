@@ -85,6 +85,8 @@ class Control:
         for vcpu, _ in stepping:
             self.debugger.check_step(vcpu)
         self.stops.clear()
+        for vcpu in vcpus:
+            vcpu.before_run = vcpu.before_run or self.debugger.stepper.out
         for vcpu, within in stepping:
             vcpu.before_run = self._stepper(within)
         if self.crash is not None:
@@ -137,7 +139,7 @@ class Control:
         def step(vcpu: Vcpu) -> Outcome | None:
             stops = len(self.stops)
             while True:
-                outcome = self.debugger.step(vcpu)
+                outcome = self.debugger.stepper.step(vcpu)
                 if outcome is not None or vcpu.before_run is not None:  # ended, or called away before it could step
                     return outcome
                 pc = self.debugger.pc(vcpu)
