@@ -33,6 +33,8 @@ void pk_trace_free(struct pk_trace *trace) {
 }
 
 void pk_trace_use(struct pk_vcpu *vcpu, struct pk_trace *trace, int rip) {
+    if (trace)
+        pk_trace_finish(trace); /* its answer would have come through the kvm_run of an earlier KVM vCPU */
     vcpu->trace = trace;
     vcpu->run->kvm_valid_regs = trace && rip ? KVM_SYNC_X86_REGS : 0;
 }

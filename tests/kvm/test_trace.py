@@ -11,12 +11,13 @@ from pathlib import Path
 import command
 import guests
 import pytest
-from realmode import HLT, machine, out_al, out_loop
+from realmode import HLT, in_al, machine, out_al, out_loop
 
+from pykvm import Device
 from pykvm._native import lib
 from pykvm.debug.trace.exittrace import ExitTrace
-from pykvm.debug.trace.tracefile import IN_C, Record, TraceFile
-from pykvm.errors import UsageError
+from pykvm.debug.trace.tracefile import IN_C, LAST, Record, TraceFile
+from pykvm.errors import DeviceError, UsageError
 
 COUNT = 500
 
@@ -102,6 +103,35 @@ def test_a_reset_goes_on_in_the_same_file(tmp_path: Path) -> None:
         with_reset.close()
     ports = Counter(record.address for record in TraceFile(tmp_path / "t"))
     assert ports[0x80] == 20 and ports[0xF4] == 2
+
+
+class Broken(Device):
+    """Raises at the first read, which is thus never answered."""
+
+    name = "broken"
+    answers = iter((None, 7))
+
+    def read(self, offset: int, size: int) -> int:
+        """The second one gives 7."""
+        answer = next(self.answers)
+        if answer is None:
+            raise RuntimeError("broken")
+        return answer
+
+
+def test_a_read_without_an_answer_does_not_outlive_its_vcpu(tmp_path: Path) -> None:
+    """A device that raised, a reset, a new run: the record of the first read has no answer, that of the second has."""
+    with machine(in_al(0x80) + HLT) as vm:
+        vm.attach(Broken(), ports=range(0x80, 0x81))
+        state = vm.vcpus[0].capture_state()
+        vm.trace_exits(str(tmp_path / "t"))
+        with pytest.raises(DeviceError):
+            vm.run(guests.RUN_S)
+        vm.reset()
+        vm.vcpus[0].load_state(state)
+        assert vm.run(guests.RUN_S).kind == "HALTED"
+    reads = [record for record in TraceFile(tmp_path / "t") if record.reason == lib.KVM_EXIT_IO]
+    assert [(record.value, record.flags & LAST) for record in reads] == [(0, LAST), (7, 0)]
 
 
 def test_off_again(tmp_path: Path) -> None:
