@@ -9,11 +9,13 @@ that place (the guest stood in its `print`, or it is recursive), the stack point
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from pykvm._native import lib
 from pykvm.core.outcome import Outcome
 from pykvm.debug.bits import bitness, privilege_level
 from pykvm.debug.code import linear_rip
-from pykvm.errors import CallError, ConfigError, DebugUnsupported, MachineStateError
+from pykvm.errors import CallError, ConfigError, DebugUnsupported, KvmError, MachineStateError
 from pykvm.testing.callframe import Frame
 from pykvm.testing.waiting import run_while_waiting
 from pykvm.x86.segments import RFLAGS_IF, RFLAGS_TF
@@ -93,8 +95,11 @@ def call(
         flags = state.gprs["rflags"] & ~(RFLAGS_TF | RFLAGS_DF)
         vcpu.regs.update(rip=address, rsp=frame.rsp, rflags=flags, **frame.registers)
         low, high = _run(machine, name, place, frame.returned_rsp, timeout)
-    finally:
-        saved.restore()
+    except BaseException:
+        with suppress(KvmError):  # a vCPU that has crashed need not take everything back: how it crashed matters more
+            saved.restore()
+        raise
+    saved.restore()
     frame.copy_back()
     return _value(low, high, returns, frame.word)
 
