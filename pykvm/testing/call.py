@@ -96,8 +96,11 @@ def call(
         vcpu.regs.update(rip=address, rsp=frame.rsp, rflags=flags, **frame.registers)
         low, high = _run(machine, name, place, frame.returned_rsp, timeout)
     except BaseException:
-        with suppress(KvmError):  # a vCPU that has crashed need not take everything back: how it crashed matters more
-            saved.restore()
+        # How it failed matters more than that a vCPU that crashed need not take everything back. One that does not stop
+        # must not be touched at all: its ioctls would wait for ever.
+        if not vcpu.running:
+            with suppress(KvmError):
+                saved.restore()
         raise
     saved.restore()
     frame.copy_back()
