@@ -258,8 +258,10 @@ static int enter(struct pk_vcpu *vcpu) {
         vcpu->left_at = now_ns();
         vcpu->guest_ns += vcpu->left_at - entered_at;
     }
-    if (result == -EINTR)
+    if (result == -EINTR) {
         __atomic_store_n(&vcpu->run->immediate_exit, 0, __ATOMIC_SEQ_CST);
+        vcpu->kicks_heard = __atomic_load_n(&vcpu->kicks, __ATOMIC_SEQ_CST);
+    }
     return result;
 }
 
@@ -311,7 +313,7 @@ int64_t pk_run(struct pk_vcpu *vcpu) {
 }
 
 int64_t pk_settle(struct pk_vcpu *vcpu) {
-    uint64_t kicks = __atomic_load_n(&vcpu->kicks, __ATOMIC_SEQ_CST);
+    uint64_t heard = vcpu->kicks_heard;
     __atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
     if (vcpu->trace)
         vcpu->trace->settling = 1;
@@ -322,8 +324,9 @@ int64_t pk_settle(struct pk_vcpu *vcpu) {
         vcpu->exits[KVM_EXIT_INTR]--; /* our own, no exit of the guest's */
     else
         __atomic_store_n(&vcpu->run->immediate_exit, 0, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n(&vcpu->kicks, __ATOMIC_SEQ_CST) !=
-        kicks) /* ours ate a kick of somebody else: put it back */
+    vcpu->kicks_heard = heard; /* Python does not look into the mailbox for this EINTR */
+    if (__atomic_load_n(&vcpu->kicks, __ATOMIC_SEQ_CST) != heard)
+        /* it may have eaten a kick of somebody else, also one from before: put it back */
         __atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
     return key;
 }

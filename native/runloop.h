@@ -76,6 +76,7 @@ struct pk_vcpu {
 
     int tid; /* the thread inside pk_run(), 0 when there is none */
     uint64_t kicks;
+    uint64_t kicks_heard; /* of `kicks`: those before the last EINTR that pk_run() returned */
     uint64_t exits[PK_EXIT_REASONS];
 
     uint8_t stats_enabled;

@@ -88,3 +88,14 @@ def test_a_kick_before_the_first_run_is_kept() -> None:
         vcpu = vm.vcpus[0]
         assert lib.pk_kick(vcpu.state) == 0
         assert vcpu.run_once().reason == "INTR"
+
+
+def test_a_kick_from_before_a_settling_is_kept() -> None:
+    """Completing an access does not eat the kick that came just before: the next run ends at once because of it."""
+    with machine(out_al(0x40) + SPIN) as vm:
+        vm.attach(Counter(), ports=range(0x40, 0x41))
+        vcpu = vm.vcpus[0]
+        assert vcpu.run_once().port == 0x40
+        assert lib.pk_kick(vcpu.state) == 0
+        vcpu.settle()
+        assert vcpu.run_once().reason == "INTR"
