@@ -6,7 +6,7 @@
  * interrupts, in ring 0 log     for ever: writes block n % count full of the number n, flushes, prints n (a
  * test kills the VMM meanwhile) probe   one request of type `type` at sector `sector`: prints its status
  *
- * Options: mode=bench base=0xd0000000 gsi=16 op=read|write count=1000 depth=1 bytes=4096 irq=0 seed=1
+ * Options: mode=bench base=0xd0000000 gsi=16 op=read|write count=1000 depth=1 bytes=4096 irq=0 seed=1 retry=0
  * Ends with debug-exit 0; 1 when a request failed or data were wrong.
  */
 #include "virtio.h"
@@ -40,7 +40,7 @@ static uint8_t buffers[MAX_DEPTH * MAX_BYTES] __attribute__((aligned(PAGE_SIZE))
 static uintptr_t base;
 static uint64_t capacity, count, seed, probe_sector; /* capacity in sectors */
 static uint32_t depth, bytes, type;
-static bool by_interrupt;
+static bool by_interrupt, retry;
 static volatile uint32_t interrupts;
 
 __attribute__((interrupt)) static void on_interrupt(struct frame *frame) {
@@ -139,11 +139,25 @@ static bool is_filled(uint64_t value) {
     return true;
 }
 
+/* Like transfer; with retry=1 a request that fails is said once and made until it succeeds. */
+static void write_block(uint64_t n) {
+    for (uint64_t tries = 0;; tries++) {
+        submit(0, BLK_OUT, n * (bytes / SECTOR), bytes);
+        virtq_kick(&queue);
+        wait_done();
+        if (!retry || requests[0].status == 0)
+            break;
+        if (!tries)
+            print("blk: block %lu refused: status %u\n", n, requests[0].status);
+    }
+    must(requests[0].status == 0, "status", requests[0].status);
+}
+
 static void check(void) {
     uint32_t step = bytes / SECTOR;
     for (uint64_t n = 0; n < count; n++) {
         fill(n * 1000003);
-        transfer(BLK_OUT, n * step, bytes);
+        write_block(n);
     }
     transfer(BLK_FLUSH, 0, 0);
     for (uint64_t n = count; n-- > 0;) {
@@ -198,6 +212,7 @@ int main(uint32_t magic, uintptr_t info) {
     bytes = (uint32_t)option_number(cmdline, "bytes", 4096);
     seed = option_number(cmdline, "seed", 1);
     by_interrupt = option_number(cmdline, "irq", 0);
+    retry = option_number(cmdline, "retry", 0);
     type = (uint32_t)option_number(cmdline, "type", option_is(cmdline, "op", "write") ? BLK_OUT : BLK_IN);
     probe_sector = option_number(cmdline, "sector", 0);
     if (!count || !depth || depth > MAX_DEPTH || !bytes || bytes > MAX_BYTES || bytes % SECTOR) {

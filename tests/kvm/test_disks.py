@@ -6,7 +6,9 @@ import os
 import re
 import signal
 import struct
+import subprocess
 import threading
+from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 import command
@@ -88,6 +90,59 @@ def test_a_file_cut_short_under_a_running_guest(image: Path) -> None:
     outcome, text = guests.run("blk.elf", "mode=probe sector=8", devices=[disk])
     assert f"blk: {SIZE // 512} sectors, type 0 at sector 8: status 1" in text
     assert outcome.code == 0
+
+
+@pytest.mark.host
+def test_a_full_file_system(tmp_path: Path) -> None:
+    """ENOSPC is an I/O error for the guest and one line for the user; with room again the guest's data are all kept."""
+    mount = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+    script = 'mount -t tmpfs -o size=1M none "$0" && truncate -s 512K "$0/disk.img" && cd "$0" && exec "$@"'
+    if subprocess.run([*mount, script, tmp_path, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no mount namespace or tmpfs can be had")
+    script = script.replace("exec", 'head -c 800000 /dev/zero > "$0/ballast" && exec')
+    words = ["--debug-exit", "--disk", "disk.img", "--append", "mode=check count=100 retry=1"]
+    process = subprocess.Popen(
+        [*mount, script, tmp_path, *command.COMMAND, "start", *words, guests.IMAGES / "blk.elf"],
+        env=command.environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None and process.stderr is not None
+        refused = process.stdout.readline()
+        assert re.search(r"block \d+ refused: status 1", refused), refused + process.stderr.read()
+        os.unlink(f"/proc/{process.pid}/root{tmp_path}/ballast")
+        output, errors = process.communicate(timeout=command.SECONDS)
+    assert "blk: 100 blocks of 4096 bytes, polled, ok" in output and "refused" not in output
+    assert process.returncode == 1  # debug-exit 0
+    assert errors.count("\n") == 1 and "No space left on device" in errors, errors
+
+
+def test_a_reset_in_the_middle_of_load(image: Path) -> None:
+    """A machine that is reset with many requests in flight, again and again, then runs to its end on the same disk."""
+    disk = Disk(image)
+    with guests.pc("blk.elf", "count=3000 depth=32 op=write", devices=[disk]) as machine:
+        for _ in range(5):
+            before = disk.requests["write"]
+            machine.start()
+            end = monotonic() + guests.RUN_S
+            while disk.requests["write"] < before + 200:
+                assert monotonic() < end, guests.text(machine)
+                sleep(0.001)
+            machine.pause()
+            machine.reset()
+        outcome = machine.run(guests.RUN_S)
+    assert (outcome.kind, outcome.code) == ("DEBUG_EXIT", 0), guests.text(machine)
+    assert disk.errors == 0
+
+
+def test_split_irqchip(image: Path) -> None:
+    """With the IOAPIC in Python, interrupts take their way from the irqfd through KVM's routes."""
+    outcome, text = guests.run("blk.elf", "mode=check count=16 irq=1", devices=[Disk(image)], irqchip="split")
+    assert (outcome.kind, outcome.code) == ("DEBUG_EXIT", 0), text
+    assert "by interrupt, ok" in text
 
 
 def test_several_disks(image: Path, tmp_path: Path) -> None:
