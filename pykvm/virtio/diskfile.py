@@ -165,7 +165,7 @@ class DiskFile:
         if fd is None:
             self._bounced(buffers, offset, write=False, flags=0)
         else:
-            _move(lambda part, at: os.preadv(fd, part, at), buffers, offset)
+            move(lambda part, at: os.preadv(fd, part, at), buffers, offset)
 
     def write(self, buffers: Sequence[memoryview], offset: int, *, sync: bool = False) -> None:
         """Write `buffers` at `offset`; with `sync` they are on stable storage when it returns."""
@@ -174,7 +174,7 @@ class DiskFile:
         if fd is None:
             self._bounced(buffers, offset, write=True, flags=flags)
         else:
-            _move(lambda part, at: os.pwritev(fd, part, at, flags), buffers, offset)
+            move(lambda part, at: os.pwritev(fd, part, at, flags), buffers, offset)
 
     def _fd_for(self, buffers: Sequence[memoryview], offset: int) -> int | None:
         """The descriptor that moves these buffers; None: direct I/O by way of the bounce buffer."""
@@ -194,9 +194,9 @@ class DiskFile:
             part = memoryview(self._bounce)[: min(left, BOUNCE_SIZE)]
             if write:
                 pieces.copy(part, out=True)
-                _move(lambda some, at: os.pwritev(self.fd, some, at, flags), [part], offset)
+                move(lambda some, at: os.pwritev(self.fd, some, at, flags), [part], offset)
             else:
-                _move(lambda some, at: os.preadv(self.fd, some, at), [part], offset)
+                move(lambda some, at: os.preadv(self.fd, some, at), [part], offset)
                 pieces.copy(part, out=False)
             left -= len(part)
             offset += len(part)
@@ -229,7 +229,7 @@ class DiskFile:
         zeroes = memoryview(ZEROES)
         for at in range(offset, offset + length, len(ZEROES)):
             part = zeroes[: min(len(ZEROES), offset + length - at)]
-            _move(lambda some, start: os.pwritev(self.plain_fd, some, start), [part], at)
+            move(lambda some, start: os.pwritev(self.plain_fd, some, start), [part], at)
 
     def _fallocate(self, mode: int, offset: int, length: int) -> None:
         result = lib.pk_fallocate(self.fd, mode, offset, length)
@@ -237,7 +237,7 @@ class DiskFile:
             raise OSError(-result, os.strerror(-result))
 
 
-def _move(function: Callable[[Sequence[memoryview], int], int], buffers: Sequence[memoryview], offset: int) -> None:
+def move(function: Callable[[Sequence[memoryview], int], int], buffers: Sequence[memoryview], offset: int) -> None:
     """Call preadv or pwritev until all is moved; EIO at the end of the file."""
     todo = list(buffers)
     while todo:

@@ -15,11 +15,11 @@ from pykvm.core.memimage import Backing, Extent, SlotImage, capture, install, re
 from pykvm.core.memory import PAGE_SIZE, Slot
 from pykvm.core.state import Kind
 from pykvm.errors import ConfigError, SnapshotError
-from pykvm.virtio.diskfile import DiskFile
+from pykvm.virtio.diskfile import DiskFile, move
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 class Layers(Kind):
@@ -34,7 +34,13 @@ class Layers(Kind):
 
 
 class OverlayFile(DiskFile):
-    """A DiskFile that is written in memory. Raises ConfigError."""
+    """A DiskFile that is written in memory. Raises ConfigError.
+
+    The memory is accessed through /proc/self/mem: should somebody cut the file short, a page of the mapping that is no
+    longer there is EIO for the guest, where touching it would be SIGBUS for pykvm.
+    """
+
+    _mem = -1
 
     def __init__(self, path: str) -> None:
         super().__init__(path, readonly=True)
@@ -45,6 +51,7 @@ class OverlayFile(DiskFile):
             self._slot = Slot(0, 0, size, memory, "disk", False, -1)
             backing = Backing(os.dup(self.plain_fd))
             install(self._slot, SlotImage(0, 0, size, "disk", False, [Extent(0, size, backing, 0)]))
+            self._mem = os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
         except (OSError, SnapshotError) as error:
             self.close()
             raise ConfigError("disk", f"{path}: cannot be mapped: {error}") from None
@@ -56,6 +63,9 @@ class OverlayFile(DiskFile):
             slot.image = None
             slot.view.release()
             slot.map.close()
+        if self._mem >= 0:
+            os.close(self._mem)
+            self._mem = -1
         super().close()
 
     def freeze(self) -> SlotImage:
@@ -75,15 +85,17 @@ class OverlayFile(DiskFile):
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> None:
         """Fill `buffers` from `offset` on."""
-        for buffer in buffers:
-            buffer[:] = self._slot.view[offset : offset + len(buffer)]
-            offset += len(buffer)
+        self._access(os.preadv, buffers, offset)
 
     def write(self, buffers: Sequence[memoryview], offset: int, *, sync: bool = False) -> None:
         """Store `buffers` at `offset`; there is nothing to sync."""
-        for buffer in buffers:
-            self._slot.view[offset : offset + len(buffer)] = buffer
-            offset += len(buffer)
+        self._access(os.pwritev, buffers, offset)
+
+    def _access(self, function: Callable[..., int], buffers: Sequence[memoryview], offset: int) -> None:
+        try:
+            move(lambda part, at: function(self._mem, part, at), buffers, self._slot.hva + offset)
+        except OSError as error:
+            raise OSError(error.errno, "the file was cut short: it ends before the disk does") from None
 
     def flush(self) -> None:
         """Memory has no other place to go to."""
@@ -93,4 +105,4 @@ class OverlayFile(DiskFile):
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         """Zeroes."""
-        self._slot.view[offset : offset + length] = bytes(length)
+        self.write([memoryview(bytes(length))], offset)

@@ -83,12 +83,15 @@ def test_an_unknown_request(image: Path) -> None:
     assert "status 2" in text
 
 
-def test_a_file_cut_short_under_a_running_guest(image: Path) -> None:
-    """The guest sees an I/O error for what is gone; the machine goes on to its end."""
-    disk = Disk(image)
+@pytest.mark.parametrize("overlay", [False, True])
+@pytest.mark.parametrize("kind", [0, 1], ids=["read", "write"])
+def test_a_file_cut_short_under_a_running_guest(image: Path, kind: int, overlay: bool) -> None:
+    """The guest sees an I/O error for what is gone, mapped or not; the machine goes on to its end. A write grows it."""
+    disk = Disk(image, overlay=overlay)
     os.truncate(image, BLOCK)
-    outcome, text = guests.run("blk.elf", "mode=probe sector=8", devices=[disk])
-    assert f"blk: {SIZE // 512} sectors, type 0 at sector 8: status 1" in text
+    outcome, text = guests.run("blk.elf", f"mode=probe sector=8 type={kind}", devices=[disk])
+    status = int(overlay or not kind)
+    assert f"blk: {SIZE // 512} sectors, type {kind} at sector 8: status {status}" in text
     assert outcome.code == 0
 
 
