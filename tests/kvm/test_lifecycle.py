@@ -13,6 +13,11 @@ from realmode import CLI_HLT, SPIN, machine
 
 from pykvm import Machine, Outcome
 from pykvm.core import reaper
+from pykvm.virtio.balloon import Balloon
+from pykvm.virtio.blk import Disk
+from pykvm.virtio.console import Console
+from pykvm.virtio.rng import Rng
+from pykvm.virtio.vsock import Vsock
 
 ROUNDS = 300 if os.environ.get("PYKVM_LAB") != "1" else 45  # an emulated CPU is twenty times slower
 RSS_SLACK_PAGES = 1024  # 4 MiB: what the allocator may keep, independent of the number of rounds
@@ -55,6 +60,36 @@ def test_nothing_leaks(irqchip: str) -> None:
     assert after[:2] == before[:2]
     assert after[2] <= before[2] + 5  # the allocator's arenas, not one mapping a machine
     assert after[3] - before[3] < RSS_SLACK_PAGES
+
+
+def test_nothing_leaks_with_devices(tmp_path: Path) -> None:
+    """Nor do machines with virtio devices leave anything: eventfds, sockets, threads, images, guest memory."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+
+    def once() -> None:
+        devices = [
+            Disk(image, queues=2, thread=True),
+            Rng(),
+            Balloon(),
+            Vsock(3, str(tmp_path / "vsock")),
+            Console(),
+        ]
+        outcome, text = guests.run("blk.elf", "mode=check count=2", devices=devices)
+        assert outcome == Outcome("DEBUG_EXIT", 0), text
+
+    for _ in range(5):
+        once()
+    _settle()
+    before = (_open_fds(), threading.active_count(), _mappings(), _rss_pages())
+    for _ in range(ROUNDS // 15):
+        once()
+    _settle()
+    after = (_open_fds(), threading.active_count(), _mappings(), _rss_pages())
+    assert after[:2] == before[:2]
+    assert after[2] <= before[2] + 5
+    assert after[3] - before[3] < RSS_SLACK_PAGES
+    assert [entry.name for entry in tmp_path.iterdir()] == ["disk.img"]
 
 
 def test_machines_side_by_side() -> None:
