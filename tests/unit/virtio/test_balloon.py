@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import struct
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from driver import RAM, Driver, Queue
+from driver import BUFFERS, RAM, WRITE, Driver, Queue
 
 from pykvm._native import lib
 from pykvm.core.memory import GuestMemory
@@ -59,6 +60,36 @@ def test_inflation_gives_pages_back(memfd: bool) -> None:
     queues[DEFLATE].add([pages(0xC4, 0xC2, 0xC3, 0xCF)])
     queues[DEFLATE].kick()
     assert len(queues[DEFLATE].used()) == 1
+    driver.close()
+
+
+def resident_mib() -> int:
+    """This process's RSS."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 // MIB
+
+
+@pytest.mark.parametrize("how", ["inflated", "reported"])
+def test_600_of_800_touched_mib_leave_the_rss(how: str) -> None:
+    """Of 1 GiB with 800 MiB touched, 600 MiB leave the process's RSS, by requests as Linux makes them."""
+    memory = GuestMemory()
+    memory.add(0, 1024 * MIB)
+    memory.fill(100 * MIB, 800 * MIB, 1)
+    before = resident_mib()
+    balloon = Balloon()
+    driver = Driver(balloon, memory)
+    queue = driver.start()[INFLATE if how == "inflated" else REPORTING]
+    step = MIB if how == "inflated" else 4 * MIB  # 256 page frame numbers, or one free block
+    for gpa in range(200 * MIB, 800 * MIB, step):
+        if how == "inflated":
+            memory.write(BUFFERS, pages(*range(gpa >> 12, (gpa + step) >> 12)))
+            queue.descriptor(0, BUFFERS, step // 4096 * 4)
+        else:
+            queue.descriptor(0, gpa, step, WRITE)
+        queue.offer(0)
+        queue.kick()
+    assert balloon.released == 600 * MIB
+    assert 590 <= before - resident_mib() <= 610
+    assert memory.read_u8(199 * MIB) == memory.read_u8(800 * MIB) == 1
     driver.close()
 
 
