@@ -61,7 +61,7 @@ def make_initrd(target: Path) -> None:
     """The test guest's initramfs with fio, its libraries, the jobs and the modules of a disk."""
     fio = shutil.which("fio")
     if not fio:
-        raise BenchError("fio is not installed (apt-get install fio)")
+        raise BenchError("fio is not installed: scripts/setup --lab")
     modules = Modules(Path(os.environ["PYKVM_GUEST_MODULES"])).order("virtio_mmio", "virtio_blk")
     jobs = "[global]\nfilename=/dev/vda\ndirect=1\nioengine=libaio\nthread=1\ntime_based\nruntime=4\nramp_time=1\n"
     jobs += WARM_UP
