@@ -54,25 +54,21 @@ class AddressSpace:
         """Let `device` answer `addresses` (a range with step 1); ConfigError if another device does already."""
         if addresses.step != 1 or not addresses or addresses.start < 0 or addresses.stop > self.limit:
             raise ConfigError(self.name, f"{addresses} is no range of {self.name} addresses")
-        for region in self.regions:
-            if addresses.start < region.end and region.base < addresses.stop:
-                raise ConfigError(self.name, f"{name} at {addresses.start:#x} overlaps {region}")
+        at = bisect_right(self._bases, addresses.start)
+        for other in self.regions[max(at - 1, 0) : at + 1]:  # the neighbours: regions do not overlap
+            if addresses.start < other.base + other.length and other.base < addresses.stop:
+                raise ConfigError(self.name, f"{name} at {addresses.start:#x} overlaps {other}")
         region = Region(addresses.start, len(addresses), device, name)
-        self._replace([*self.regions, region])
+        # Readers bisect _bases and then index regions: publish the longer list of regions first
+        self.regions = [*self.regions[:at], region, *self.regions[at:]]
+        self._bases = [*self._bases[:at], region.base, *self._bases[at:]]
         return region
 
     def remove(self, device: Device) -> None:
         """Take away every region of `device`."""
-        self._replace([region for region in self.regions if region.device is not device])
-
-    def _replace(self, regions: list[Region]) -> None:
-        regions.sort(key=lambda region: region.base)
-        # Readers bisect _bases and then index regions: publish a longer list of regions first, a shorter one last
-        bases = [region.base for region in regions]
-        if len(regions) >= len(self.regions):
-            self.regions, self._bases = regions, bases
-        else:
-            self._bases, self.regions = bases, regions
+        left = [region for region in self.regions if region.device is not device]
+        self._bases = [region.base for region in left]  # the shorter list of regions last
+        self.regions = left
 
     def find(self, address: int, size: int) -> Region | None:
         """The region that holds all of [address, address + size)."""

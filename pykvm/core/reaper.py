@@ -1,7 +1,7 @@
 """Closes KVM file descriptors off the caller's path. Layer: core.
 
 Closing a VM that has an irqchip, irqfds or dirty logging waits for RCU grace periods inside the kernel, 7 to 23 ms.
-A thread that exists only while there is something to close takes that wait. It knows fds, not machines; its queue is
+Threads that exist only while there is something to close take that wait. It knows fds, not machines; its queue is
 bounded, so thousands of machines cannot pile up: then close() waits its turn.
 """
 
@@ -11,44 +11,43 @@ import os
 import threading
 
 MAX_PENDING = 64
+MAX_THREADS = 8  # they sleep in the kernel, side by side
 
 
 class _Reaper:
-    """The queue and the thread that empties it."""
+    """The queue and the threads that empty it."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.changed = threading.Condition()
-        self.pending: list[list[int]] = []
-        self.working = False
+        self.waiting: list[list[int]] = []
+        self.threads = 0
 
     def close_later(self, fds: list[int]) -> None:
         with self.changed:
-            while len(self.pending) >= MAX_PENDING:
+            while len(self.waiting) >= MAX_PENDING:
                 self.changed.wait()
-            self.pending.append(fds)
-            if not self.working:
-                self.working = True
+            self.waiting.append(fds)
+            if self.threads < MAX_THREADS:
+                self.threads += 1
                 threading.Thread(target=self._main, name="pykvm-reaper", daemon=True).start()
 
     def drain(self) -> None:
         with self.changed:
-            while self.working:
+            while self.threads:
                 self.changed.wait()
 
     def _main(self) -> None:
         while True:
             with self.changed:
-                if not self.pending:
-                    self.working = False
+                if not self.waiting:
+                    self.threads -= 1
                     self.changed.notify_all()
                     return
-                fds = self.pending[0]
+                fds = self.waiting.pop(0)
+                self.changed.notify_all()
             for fd in fds:
                 os.close(fd)
-            with self.changed:
-                del self.pending[0]
-                self.changed.notify_all()
 
 
 _reapers: list[_Reaper] = [_Reaper()]
