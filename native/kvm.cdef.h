@@ -366,8 +366,8 @@ int pk_if_up(const char *name, int mtu);
 
 /* -- snapshots (snapmem.h) ----------------------------------------------------------------------------------------- */
 struct pk_range { uint64_t start, end; };
-struct pk_call { int fd; unsigned long request; void *argument; };
+struct pk_call { unsigned long request; void *argument; };
 int pk_map_private(void *address, size_t length, int fd, uint64_t offset);
 int64_t pk_private_ranges(int pagemap, uint64_t start, uint64_t end, struct pk_range *out, size_t room);
 int pk_drop(const struct pk_range *ranges, size_t count);
-int pk_calls(const struct pk_call *calls, int count, int *error);
+int pk_calls(int fd, const struct pk_call *calls, int count);

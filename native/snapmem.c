@@ -95,12 +95,9 @@ int pk_drop(const struct pk_range *ranges, size_t count) {
     return 0;
 }
 
-int pk_calls(const struct pk_call *calls, int count, int *error) {
-    for (int i = 0; i < count; i++) {
-        if (ioctl(calls[i].fd, calls[i].request, calls[i].argument) < 0) {
-            *error = errno;
-            return i;
-        }
-    }
+int pk_calls(int fd, const struct pk_call *calls, int count) {
+    for (int i = 0; i < count; i++)
+        if (ioctl(fd, calls[i].request, calls[i].argument) < 0)
+            return i | errno << 16;
     return count;
 }

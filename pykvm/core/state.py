@@ -155,6 +155,8 @@ class Shape:
     def __init__(self, version: int, **fields: Kind) -> None:
         self.version = version
         self.fields = fields
+        # a reset of a machine stores them all: the plain ones without a detour
+        self._rows = [(n, f"_{n}", None if type(kind).put is Kind.put else kind) for n, kind in fields.items()]
 
     def check(self, component: str, version: object, state: Mapping[str, object]) -> None:
         """Raise SnapshotError unless `state`, saved as `version`, is exactly of this shape."""
@@ -173,8 +175,11 @@ class Shape:
 
     def put(self, owner: object, state: State) -> None:
         """Store checked state into `owner`'s attributes."""
-        for name, kind in self.fields.items():
-            kind.put(owner, f"_{name}", state[name])
+        for name, attribute, kind in self._rows:
+            if kind is None:
+                setattr(owner, attribute, state[name])
+            else:
+                kind.put(owner, attribute, state[name])
 
 
 STATELESS = Shape(1)

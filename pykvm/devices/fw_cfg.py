@@ -98,6 +98,7 @@ class FwCfg(Device):
         self._lock = allocate_lock()
         self._items: dict[int, Item] = {}
         self._files: dict[str, int] = {}
+        self._saved_items: list[object] | None = None  # what `save` gave or `restore` got, while it is still true
         self._item = NO_ITEM
         self._selected = KEY_SIGNATURE
         self._offset = 0
@@ -142,6 +143,7 @@ class FwCfg(Device):
         if len(item.data) > MAX_ITEM:
             raise ConfigError("fw_cfg", f"item {key:#x} of {len(item.data)} bytes is larger than 4 GiB - 1")
         self._items[key] = item
+        self._saved_items = None
 
     def _write_directory(self) -> None:
         entries = [struct.pack(">I", len(self._files))]
@@ -232,25 +234,32 @@ class FwCfg(Device):
     def save(self) -> State:
         """The items too: a firmware's are made of files that may be others by the time of the restore."""
         with self._lock:
+            if self._saved_items is None or any(item.writable for item in self._items.values()):
+                self._saved_items = [[k, i.writable, i.initial, bytes(i.data)] for k, i in self._items.items()]
             return {
                 "selected": self._selected,
                 "offset": min(self._offset, MAX_ITEM),
                 "dma_address": self._dma_address,
-                "items": [[key, i.writable, i.initial, bytes(i.data)] for key, i in self._items.items()],
+                "items": self._saved_items,
                 "files": [[name, key] for name, key in self._files.items()],
             }
 
     def restore(self, state: State) -> None:
         """Continue with these items; who listens to writes of one still does."""
         with self._lock:
-            listeners = {key: item.on_write for key, item in self._items.items()}
-            self._items.clear()
-            for key, writable, initial, data in state["items"]:
-                item = self._items[key] = Item(initial, writable, listeners.get(key))
-                item.data = bytearray(data) if writable else data
-            self._files = dict(state["files"])
+            if state["items"] is not self._saved_items or any(item.writable for item in self._items.values()):
+                self._restore_items(state)
             self._select(state["selected"])
             self._offset, self._dma_address = state["offset"], state["dma_address"]
+
+    def _restore_items(self, state: State) -> None:
+        listeners = {key: item.on_write for key, item in self._items.items()}
+        self._items.clear()
+        for key, writable, initial, data in state["items"]:
+            item = self._items[key] = Item(initial, writable, listeners.get(key))
+            item.data = bytearray(data) if writable else data
+        self._files = dict(state["files"])
+        self._saved_items = state["items"]
 
     # -- DMA -----------------------------------------------------------------------------------------------
 

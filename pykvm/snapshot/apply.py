@@ -5,8 +5,8 @@ from __future__ import annotations
 from pykvm._native import lib
 from pykvm.core.memimage import install, revert
 from pykvm.errors import KvmError, SnapshotError
-from pykvm.snapshot.cpu import VCPU_SHAPE, VM_SHAPE, restore_clock, restore_vm
-from pykvm.snapshot.take import held, named_devices, take
+from pykvm.snapshot.cpu import VCPU_SHAPE, VM_SHAPE
+from pykvm.snapshot.take import held, holders, named_devices, take
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ def restore(machine: Machine, snapshot: Snapshot) -> None:
     """`Machine.restore`."""
     devices = check(machine, snapshot)
     machine.pause()
-    machine.frozen(lambda: held(machine, lambda: _restore(machine, snapshot, devices)))
+    workers = holders(device for device, _ in devices)
+    machine.frozen(lambda: held(workers, lambda: _restore(machine, snapshot, devices)))
     machine.forget_end()
 
 
@@ -57,7 +58,20 @@ def _copy_hooks(machine: Machine, child: Machine) -> None:
 
 
 def check(machine: Machine, snapshot: Snapshot) -> list[tuple[Device, object]]:
-    """Each device with its checked state. Raises SnapshotError where the snapshot is of another machine."""
+    """Each device with its checked state. Raises SnapshotError where the snapshot is of another machine.
+
+    What was checked for a machine holds as long as its devices and slots are the same.
+    """
+    parts = (snapshot, machine.bus.ports.regions, machine.bus.mmio.regions, len(machine.memory.slots))
+    known = machine.checked
+    if known is not None and all(old is new for old, new in zip(known[0], parts, strict=True)):
+        return known[1]
+    devices = _check(machine, snapshot)
+    machine.checked = (parts, devices)
+    return devices
+
+
+def _check(machine: Machine, snapshot: Snapshot) -> list[tuple[Device, object]]:
     if len(machine.vcpus) != len(snapshot.vcpus):
         raise SnapshotError(f"the snapshot has {len(snapshot.vcpus)} vCPUs, the machine {len(machine.vcpus)}")
     slots = machine.memory.slots
@@ -114,10 +128,11 @@ def _discard_access(vcpu: Vcpu) -> None:
 
 def put_state(machine: Machine, snapshot: Snapshot, devices: list[tuple[Device, object]]) -> None:
     """Give vCPUs, VM and devices their state; memory is in place."""
-    restore_vm(machine, snapshot.vm.state)
-    for vcpu, calls in zip(machine.vcpus, snapshot.calls(), strict=True):
+    vm, vcpus = snapshot.calls()
+    vm.apply(machine.vm)
+    for vcpu, calls in zip(machine.vcpus, vcpus, strict=True):
         calls.apply(vcpu.fd)
-    restore_clock(machine, snapshot.vm.state)
+    vm.apply_clock(machine.vm)
     for device, state in devices:
         device.restore(state)  # type: ignore[arg-type]
 

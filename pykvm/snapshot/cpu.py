@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pykvm._native import ffi, lib
 from pykvm.core.state import U64, Bytes, Int, Shape
-from pykvm.errors import KvmError, MissingCapability, SnapshotError
+from pykvm.errors import KvmError, SnapshotError
 from pykvm.x86.msrs import IA32_TSC, IA32_TSC_DEADLINE
 
 TYPE_CHECKING = False
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pykvm.core.state import State
     from pykvm.core.vcpu import Vcpu
     from pykvm.kvm.vcpu import VcpuFd
+    from pykvm.kvm.vm import VmFd
 
 XSAVE_MIN, XSAVE_MAX = 4096, 1 << 16
 MSR_ENTRY = ffi.sizeof("struct kvm_msr_entry")
@@ -120,11 +121,28 @@ def msr_values(raw: bytes) -> list[tuple[int, int]]:
 _refused: set[int] = set()
 
 
+class _Row:
+    """Ioctls that are issued in one go, on a file descriptor given then."""
+
+    def __init__(self, requests: Sequence[tuple[str, CData]], what: str) -> None:
+        self._names = [name for name, _ in requests]
+        self._what = what
+        self._data = [data for _, data in requests]  # kept for the pointers
+        rows = [(getattr(lib, name), ffi.cast("void *", data)) for name, data in requests]
+        self._calls = ffi.new("struct pk_call[]", rows)
+
+    def issue(self, fd: int) -> None:
+        """Raises SnapshotError at the first that fails."""
+        done = lib.pk_calls(fd, self._calls, len(self._names))
+        if done != len(self._names):
+            problem = KvmError(self._names[done & 0xFFFF], done >> 16)
+            raise SnapshotError(f"this host's KVM does not take the {self._what}'s state: {problem}")
+
+
 class VcpuCalls:
     """A vCPU's saved state as a row of ioctls, ready for any vCPU of the same kind."""
 
     def __init__(self, state: State) -> None:
-        self._keep: list[CData] = []
         self._requests: list[tuple[str, CData]] = []
         for name, (_, request, struct) in _PARTS.items():
             self._add(request, _struct(struct, state[name]))
@@ -137,7 +155,7 @@ class VcpuCalls:
         for name, (_, request, struct) in _LATE.items():
             self._add(request, _struct(struct, state[name]))
         self.tsc_khz = state["tsc_khz"]
-        self._row: CData | None = None
+        self._row: _Row | None = None
 
     def _add(self, request: str, data: CData) -> None:
         self._requests.append((request, data))
@@ -148,15 +166,8 @@ class VcpuCalls:
             self._find_refused(fd)
             table = _msr_table([(index, value) for index, value in self._values if index not in _refused])
             self._requests.insert(self._msrs_at, ("KVM_SET_MSRS", table))
-            rows = [(0, getattr(lib, request), data) for request, data in self._requests]
-            self._row = ffi.new("struct pk_call[]", [(fd, number, ffi.cast("void *", d)) for fd, number, d in rows])
-        for i in range(len(self._requests)):
-            self._row[i].fd = fd.fd
-        error = ffi.new("int *")
-        done = lib.pk_calls(self._row, len(self._requests), error)
-        if done < len(self._requests):
-            name = self._requests[done][0]
-            raise SnapshotError(f"this host's KVM does not take the vCPU's state: {KvmError(name, error[0])}")
+            self._row = _Row(self._requests, "vCPU")
+        self._row.issue(fd.fd)
 
     def _find_refused(self, fd: VcpuFd) -> None:
         """Try the MSRs on the first vCPU that gets them; what KVM refuses has to have the wanted value already."""
@@ -192,19 +203,28 @@ def save_vm(machine: Machine) -> State:
     return state
 
 
-def restore_vm(machine: Machine, state: State) -> None:
-    """Interrupt controllers, timer and clock, before the vCPUs. The clock goes on from where it stood."""
-    vm = machine.vm
-    try:
-        for name in _CHIPS:
-            if state[name]:
-                vm.set_irqchip(state[name])
+class VmCalls:
+    """The VM's saved state, ready for any VM of the same kind: interrupt controllers and timer, before the vCPUs."""
+
+    def __init__(self, state: State) -> None:
+        requests = [("KVM_SET_IRQCHIP", _checked("struct kvm_irqchip", state[name])) for name in _CHIPS if state[name]]
         if state["pit"]:
-            vm.set_pit2(state["pit"])
-    except (KvmError, MissingCapability, ValueError) as error:
-        raise SnapshotError(f"this host's KVM does not take the interrupt controllers' state: {error}") from None
+            requests.append(("KVM_SET_PIT2", _checked("struct kvm_pit_state2", state["pit"])))
+        self._row = _Row(requests, "VM")
+        clock = ffi.new("struct kvm_clock_data *")
+        clock.clock = state["clock_ns"]
+        self._clock = _Row([("KVM_SET_CLOCK", clock)], "VM")
+
+    def apply(self, vm: VmFd) -> None:
+        """Interrupt controllers and timer. Raises SnapshotError."""
+        self._row.issue(vm.fd)
+
+    def apply_clock(self, vm: VmFd) -> None:
+        """kvmclock goes on from where it stood; after the vCPUs have their TSC."""
+        self._clock.issue(vm.fd)
 
 
-def restore_clock(machine: Machine, state: State) -> None:
-    """kvmclock goes on from where it stood; after the vCPUs have their TSC."""
-    machine.vm.set_clock(state["clock_ns"])
+def _checked(struct: str, raw: bytes) -> CData:
+    if len(raw) != ffi.sizeof(struct):
+        raise SnapshotError(f"a {struct} of {len(raw)} bytes instead of {ffi.sizeof(struct)}")
+    return _struct(struct, raw)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from pykvm.core.memimage import SlotImage
     from pykvm.core.state import State
-    from pykvm.snapshot.cpu import VcpuCalls
+    from pykvm.snapshot.cpu import VcpuCalls, VmCalls
 
 
 class Part:
@@ -45,14 +45,14 @@ class Snapshot:
         self.memory = tuple(memory)
         self.checked = identity is None  # taken by this process: nobody made it up
         self.file: tuple[str, int] | None = None  # where it is saved, and the checksum of the state there
-        self._calls: list[VcpuCalls] | None = None
+        self._calls: tuple[VmCalls, list[VcpuCalls]] | None = None
 
-    def calls(self) -> list[VcpuCalls]:
-        """What restores each vCPU, prepared once."""
+    def calls(self) -> tuple[VmCalls, list[VcpuCalls]]:
+        """What restores the VM and each vCPU, prepared once."""
         if self._calls is None:
-            from pykvm.snapshot.cpu import VcpuCalls
+            from pykvm.snapshot.cpu import VcpuCalls, VmCalls
 
-            self._calls = [VcpuCalls(part.state) for part in self.vcpus]
+            self._calls = VmCalls(self.vm.state), [VcpuCalls(part.state) for part in self.vcpus]
         return self._calls
 
     @property

@@ -6,6 +6,7 @@ controllers, then the vCPUs with their local APICs: an interrupt on its way is t
 
 from __future__ import annotations
 
+from pykvm.core.device import Device
 from pykvm.core.memimage import capture, check_hugepages
 from pykvm.errors import SnapshotError
 from pykvm.snapshot.cpu import VCPU_SHAPE, VM_SHAPE, save_vcpu, save_vm
@@ -13,10 +14,9 @@ from pykvm.snapshot.state import Part, Snapshot
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import TypeVar
 
-    from pykvm.core.device import Device
     from pykvm.core.machine import Machine
 
     T = TypeVar("T")
@@ -29,12 +29,17 @@ def take(machine: Machine, *, to_file: bool = False) -> Snapshot:
         check = getattr(device, "check_snapshot", None)
         if check is not None:
             check(to_file=to_file)
-    return machine.frozen(lambda: held(machine, lambda: _take(machine)))
+    workers = holders(device for _, device in named_devices(machine))
+    return machine.frozen(lambda: held(workers, lambda: _take(machine)))
 
 
-def held(machine: Machine, function: Callable[[], T]) -> T:
-    """function() while no device works beside the vCPUs."""
-    devices = [device for _, device in named_devices(machine) if hasattr(device, "hold")]
+def holders(devices: Iterable[Device]) -> list[Device]:
+    """Those that work beside the vCPUs."""
+    return [each for each in devices if getattr(type(each), "hold", Device.hold) is not Device.hold]
+
+
+def held(devices: list[Device], function: Callable[[], T]) -> T:
+    """function() while these devices do nothing."""
     for device in devices:
         device.hold()
     try:
