@@ -153,8 +153,19 @@ class VirtioMmio(Device):
         return shape_of(self)
 
     def hold(self) -> None:
-        """Serve nothing until `release`, on the same thread."""
+        """Serve what was made available, then nothing until `release`, on the same thread; the vCPUs are paused."""
         self.lock.__enter__()
+        try:
+            if self.live and self.device.shape is not None and not self.device.external:
+                for queue in self.queues:
+                    self.guarded(self._drain, queue)
+        except BaseException:
+            self.release()
+            raise
+
+    def _drain(self, queue: Virtqueue) -> None:
+        if queue.enabled and queue.pending():
+            self.device.on_notify(queue)
 
     def release(self) -> None:
         """Undo `hold`."""

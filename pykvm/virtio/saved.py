@@ -1,7 +1,8 @@
 """The state of a virtio transport and its queues in a snapshot. Layer: virtio.
 
-Requests in flight are none: a device that can be saved finishes each under the transport's lock, which whoever takes a
-snapshot holds. What the driver has made available and nobody has looked at is found in the rings after the restore.
+Requests in flight are none: a device that can be saved finishes each under the transport's lock, and whoever takes a
+snapshot holds that, after everything was served that the driver had made available. What a rate limit kept back is
+found in the rings after the restore.
 """
 
 from __future__ import annotations

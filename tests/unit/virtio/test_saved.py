@@ -94,6 +94,16 @@ def test_what_was_offered_and_not_served(drive: Callable[[VirtioDevice], Driver]
     other.close()
 
 
+def test_holding_serves_what_was_offered(drive: Callable[[VirtioDevice], Driver]) -> None:
+    """Whoever holds the device for a snapshot finds no request left, though nobody has served the notification."""
+    driver = drive(Rng())
+    (queue,) = driver.start()
+    queue.add((), (32,))
+    driver.transport.hold()
+    assert queue.used() == [(0, 32)]
+    driver.transport.release()
+
+
 def test_an_interrupt_on_its_way_is_repeated(drive: Callable[[VirtioDevice], Driver]) -> None:
     """An interrupt that the guest has not acknowledged is raised again after the restore."""
     driver = drive(Rng())
