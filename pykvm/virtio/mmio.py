@@ -207,12 +207,14 @@ class VirtioMmio(Device):
         self._word[0] = state["interrupt_status"]
 
     def look_again(self) -> None:
-        """Serve what may have been made available, and repeat an interrupt that may not have come through."""
+        """Serve what may have been made available, and interrupt: one that was on its way may not have come through.
+
+        A driver finds nothing new after an interrupt too many; without one that it waits for it waits for ever.
+        """
         for queue in self.queues:
             if queue.enabled and not self.device.external:
                 self.notify(queue.index)
-        if self._word[0]:
-            os.eventfd_write(self.call, 1)
+        self._raise(RING_BIT)
 
     def close(self) -> None:
         """Release everything; the machine's I/O thread has ended."""
