@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from errno import EMFILE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -68,7 +69,10 @@ def _run(module: str, arguments: list[str]) -> int:
         return EXIT_BROKEN_PIPE
     except OSError as error:
         # out of file descriptors or threads, a full disk under our output
-        complain(f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror}")
+        if error.errno == EMFILE:  # whose file it was says nothing: it may be a module of ours
+            complain("too many open files: ulimit -n shows how many may be, ulimit -n 1024 raises that")
+        else:
+            complain(f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror}")
         return EXIT_HOST
 
 

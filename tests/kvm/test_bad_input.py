@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import struct
 from collections.abc import Callable, Iterator
@@ -196,6 +197,20 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sta\nrt"]) == 2
     errors = capsys.readouterr().err
     assert is_one_line(errors) and "the commands are start, " in errors
+
+
+@pytest.mark.parametrize("limit", range(10, 46, 5))
+def test_few_file_descriptors(limit: int, tmp_path: Path) -> None:
+    """Wherever file descriptors run out, a line says so, and no socket is left."""
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(4096))
+    devices = ["--disk", f"{image},thread", "--balloon", "--rng", "--vsock", f"3:{tmp_path}/v"]
+    devices += ["--console", f"unix:{tmp_path}/c,port=c"]
+    done = start(*devices, HELLO, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit)))
+    assert done.returncode in ({0, 4} if limit > 10 else {4}), done
+    if done.returncode:
+        assert is_one_line(done.stderr) and "ulimit -n" in done.stderr, done
+    assert [path.name for path in tmp_path.iterdir()] == ["disk"]
 
 
 # -- files -----------------------------------------------------------------------------------------------------
