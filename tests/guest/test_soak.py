@@ -164,7 +164,8 @@ def test_soak(
         before = holdings()
         for size in (400 << 20, 512 << 20) * 2:
             balloon.set_target(size)
-            assert pc.wait(SECONDS / 5) is None
+            early = pc.wait(SECONDS / 5)
+            assert early is None, (early, early.report and early.report.text(), pc.console.text[-2000:])
         after = holdings()
         assert pc.wait(PATIENCE_S) == Outcome.POWER_OFF, pc.console.text[-3000:]
         said = pc.console.text

@@ -359,6 +359,6 @@ def test_too_few_file_descriptors() -> None:
             assert done.stdout == "Hello from real mode\n"
             break
         assert (done.returncode, done.stdout) == (4, ""), (limit, done.stderr)
-        assert re.fullmatch(r"pykvm: .*Too many open files.*\n", done.stderr), (limit, done.stderr)
+        assert re.fullmatch(r"pykvm: .*[Tt]oo many open files.*\n", done.stderr), (limit, done.stderr)
     else:
         pytest.fail("13 descriptors are not enough")
