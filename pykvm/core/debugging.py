@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from pykvm.debug.backtrace import Frame
     from pykvm.debug.breakpoints import Breakpoint, Debugger, OnHit
     from pykvm.debug.coverage import Coverage
-    from pykvm.debug.exittrace import OnEvent, Trace
     from pykvm.debug.gdbstub.server import GdbServer
     from pykvm.debug.profile.sampler import Profiler
+    from pykvm.debug.pytrace import OnEvent, Trace
     from pykvm.debug.symbols import Symbols
     from pykvm.debug.trace.exittrace import ExitTrace
     from pykvm.debug.traps import Traps
@@ -106,7 +106,7 @@ class Debugging:
         physical addresses in RAM; an access there is an Exit with reason MEMORY. It must not be code or page tables.
         Without a callback the result's `events` collects. Use it in a `with` statement, or `stop()` it.
         """
-        from pykvm.debug.exittrace import Trace
+        from pykvm.debug.pytrace import Trace
 
         ranges = [memory] if isinstance(memory, range) else list(memory)
         return Trace(self, on_event, exits, ranges)  # type: ignore[arg-type]
