@@ -245,6 +245,18 @@ def test_a_named_port_takes_input_while_it_is_open(drive: Drive) -> None:
     assert (opened, port.receive(b"x")) == ([True, False], 0)
 
 
+def test_a_console_port_takes_input_from_its_opening_on(drive: Drive) -> None:
+    """Among several ports a console's input waits for PORT_OPEN as well: Linux throws away what comes before."""
+    told: list[int] = []
+    port = ConsolePort(console=True)
+    port.on_rx_space = lambda: told.append(1)
+    _, queues, _ = multiport(drive, Console([port, ConsolePort("agent")]))
+    queues[RX].add([], [8])
+    assert port.receive(b"x") == 0
+    say(queues[CONTROL_TX], 0, lib.VIRTIO_CONSOLE_PORT_OPEN, 1)
+    assert (told, port.receive(b"x")) == ([1], 1)
+
+
 def test_named_ports_have_their_own_queues(drive: Drive) -> None:
     """Output of port 1 goes to its own sink."""
     outlets = [Outlet(), Outlet()]
