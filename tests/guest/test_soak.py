@@ -157,12 +157,12 @@ def test_soak(
     files = {"bin/setup": SETUP.encode(), "bin/worker": WORKER.encode()}
     initrd = initrd_with(*MODULES, files=files | {"bin/vsockcat": (images / "vsockcat").read_bytes()})
     boot = BootConfig(str(guest_kernel), initrd=str(initrd), cmdline="console=ttyS0 quiet pykvm.run=setup")
-    with Pc(boot, memory="512M", cpus=2, devices=devices) as pc:
+    with Pc(boot, memory="768M", cpus=2, devices=devices) as pc:
         pc.start()
         for _ in WORKERS:
             pc.console.expect(r"soak: \w+ began", timeout=PATIENCE_S)
         before = holdings()
-        for size in (400 << 20, 512 << 20) * 2:
+        for size in (640 << 20, 768 << 20) * 2:
             balloon.set_target(size)
             if pc.wait(SECONDS / 8) is not None:
                 break  # a machine this fast has done its rounds
