@@ -46,6 +46,22 @@ def parse_size(text: str | int, option: str = "size") -> int:
     return size
 
 
+def parse_float(text: str) -> float:
+    """The number that `text` is, NaN for none: it lies in no range that a caller checks."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+def parse_seconds(text: str) -> float:
+    """A time-out in seconds. Raises ConfigError."""
+    value = parse_float(text)
+    if not 0 <= value < 1e9:
+        raise ConfigError("timeout", f"{text!r} is no number of seconds")
+    return value
+
+
 def parse_int(text: str, option: str) -> int:
     """A number in decimal, 0x hexadecimal or 0o octal. Raises ConfigError."""
     try:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pykvm.cli.options import Option, Parser
+from pykvm.config import parse_float
 from pykvm.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
@@ -19,10 +20,7 @@ if TYPE_CHECKING:
 
 
 def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = parse_float(text)
     if not 0 < value < 1e9:
         raise ConfigError("timeout", f"{text!r} is no number of seconds")
     return value

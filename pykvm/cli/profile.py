@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pykvm.cli import start
 from pykvm.cli.options import HelpWanted, Option, Parser
-from pykvm.config import parse_int
+from pykvm.config import parse_float, parse_int
 from pykvm.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
@@ -20,10 +20,7 @@ FORMS = (".svg", ".json", ".txt")
 
 
 def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = parse_float(text)
     if not 0 < value <= 10_000:
         raise ConfigError("rate", f"{text!r} is no rate of 1 to 10000 samples a second")
     return value

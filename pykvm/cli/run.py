@@ -19,8 +19,8 @@ from pykvm.cli.consoleport import Outlet, open_output
 from pykvm.cli.options import HelpWanted, Option, Parser
 from pykvm.cli.start import SIGNAL_LAG_S, Signals
 from pykvm.cli.terminal import Input, say
-from pykvm.config import BootConfig, MachineConfig, parse_int
-from pykvm.errors import ConfigError, UsageError
+from pykvm.config import BootConfig, MachineConfig, parse_int, parse_seconds
+from pykvm.errors import UsageError
 from pykvm.kernels.find import Kernel, find_kernel, named_kernel
 from pykvm.kernels.initramfs import MODULES, build_initramfs, command_script, shares_script
 from pykvm.virtio.console import Console, ConsolePort
@@ -42,16 +42,6 @@ PASSED = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TERM", "PYTHONPA
 CMDLINE = "console=ttyS0 panic=-1 random.trust_cpu=on"
 
 
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1e9:
-        raise ConfigError("timeout", f"{text!r} is no number of seconds")
-    return value
-
-
 OPTIONS = (
     Option("--kernel", "FILE", "bzImage or vmlinux (default: the newest of this host, else Debian's, downloaded)"),
     Option("--modules", "DIR", "its modules: lib/modules/VERSION (default: found by the kernel's version)"),
@@ -62,7 +52,7 @@ OPTIONS = (
     Option("--append", "STR", "more for the kernel's command line", default=""),
     Option("--disk", "FILE[,...]", "a disk, as for pykvm start; repeatable", many=True),
     Option("--net", "KIND[,...]", "a network, as for pykvm start; repeatable", many=True),
-    Option("--timeout", "S", "end after S seconds with status 124", convert=_seconds),
+    Option("--timeout", "S", "end after S seconds with status 124", convert=parse_seconds),
     Option("--verbose", "", "show the kernel's messages on stderr"),
 )
 

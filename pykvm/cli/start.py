@@ -21,7 +21,7 @@ from pykvm import log
 from pykvm.cli.options import HelpWanted, Option, Parser
 from pykvm.cli.serialport import open_serial
 from pykvm.cli.terminal import RawMode, say
-from pykvm.config import BootConfig, MachineConfig, parse_int
+from pykvm.config import BootConfig, MachineConfig, parse_int, parse_seconds
 from pykvm.errors import ConfigError, UsageError
 
 TYPE_CHECKING = False
@@ -41,16 +41,6 @@ if TYPE_CHECKING:
 
         def close(self) -> object: ...
         def text(self) -> str: ...
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1e9:
-        raise ConfigError("timeout", f"{text!r} is no number of seconds")
-    return value
 
 
 def _count(text: str) -> int:
@@ -128,7 +118,7 @@ OPTIONS = (
     ),
     Option("--virtio-cmdline", "", "announce virtio devices on the kernel's command line instead of by ACPI"),
     Option("--save", "FILE", "Ctrl-A w and SIGUSR1 save the machine to FILE, for pykvm restore"),
-    Option("--timeout", "S", "stop after S seconds with status 124", convert=_seconds),
+    Option("--timeout", "S", "stop after S seconds with status 124", convert=parse_seconds),
     Option("--trace", "FILE", "record every exit; `pykvm trace` shows, sums and exports FILE"),
     Option("--stats", "", "print exit statistics at the end"),
     Option("--json", "", "print one JSON document with outcome and console instead of the console"),

@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from pykvm.cli.options import HelpWanted, Option, Parser
-from pykvm.config import parse_int
+from pykvm.config import parse_float, parse_int
 from pykvm.control.machines import rates, scan
 from pykvm.errors import ConfigError
 
@@ -25,10 +25,7 @@ REASONS = 3  # the most frequent ones, in the table
 
 
 def _interval(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = parse_float(text)
     if not 0.05 <= value <= 3600:
         raise ConfigError("interval", f"{text!r} is no number of seconds from 0.05 to 3600")
     return value
