@@ -98,31 +98,17 @@ class _Observer:
             if path.endswith(".svg"):
                 from pykvm.debug.profile.flamegraph import render
 
-                write_whole(path, render(profile.named(symbols), title))
+                _write_whole(path, render(profile.named(symbols), title))
             else:
-                write_whole(
+                _write_whole(
                     path, profile.speedscope(symbols, title) if path.endswith(".json") else profile.collapsed(symbols)
                 )
         wrote = "".join(f"\nwrote {path}" for path in self._values["output"])
         return f"profile: {profile.text(symbols, self._values['rows'])}{wrote}".rstrip()
 
 
-def write_whole(path: str, text: str) -> None:
-    """The file appears with all its content, or not at all. Raises UsageError."""
-    import tempfile
+def _write_whole(path: str, text: str) -> None:
+    from pykvm.debug.wholefile import whole_file
 
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=os.path.dirname(os.path.abspath(path)), prefix=".pykvm-", delete=False, encoding="utf-8"
-        ) as file:
-            try:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
+    with whole_file(path) as file:
+        file.write(text)

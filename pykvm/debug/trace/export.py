@@ -8,13 +8,11 @@ outside after each exit are slices, so that a timeline shows what a vCPU waits f
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from typing import TYPE_CHECKING
 
 from pykvm.debug.trace.describe import Names, describe
 from pykvm.debug.trace.tracefile import IN_C, LAST
-from pykvm.errors import UsageError
+from pykvm.debug.wholefile import whole_file
 from pykvm.kvm.exits import reason_name
 
 if TYPE_CHECKING:
@@ -28,21 +26,8 @@ PROCESS = 1
 
 def write_chrome(trace: TraceFile, path: str, names: Names | None = None) -> int:
     """Write the whole trace as JSON; the number of exits. `path` appears when it is complete. Raises UsageError."""
-    folder = os.path.dirname(os.path.abspath(path))
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".pykvm-", delete=False) as file:
-            try:
-                count = _write(trace, file, names or Names(trace))
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
-    return count
+    with whole_file(path) as file:
+        return _write(trace, file, names or Names(trace))
 
 
 def _write(trace: TraceFile, file: IO[str], names: Names) -> int:
