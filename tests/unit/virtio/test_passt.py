@@ -220,9 +220,10 @@ def test_says_how_passt_ended(fake_passt: Callable[[str], None], drive: Drive, m
     driver = drive(Net(Passt()))
     rx, _, _ = driver.start()
     end = time.monotonic() + 10
+    rx.add(writable=[2048])
     while not said and time.monotonic() < end:
-        rx.add(writable=[2048])
         rx.kick()
+        time.sleep(0.01)
     assert said == ["passt ended with status 3: out of luck"]
 
 
