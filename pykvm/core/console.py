@@ -76,7 +76,7 @@ class Console:
 
     @property
     def talk(self) -> Talk:
-        """The conversation by `expect` and `send`. Raises MachineStateError for a console without a machine."""
+        """The conversation, a pexpect spawn. Raises MachineStateError for a console without a machine."""
         if self._talk is None:
             if self.open_talk is None:
                 raise MachineStateError("nobody is at the other end of this console")
@@ -84,13 +84,20 @@ class Console:
         return self._talk
 
     def expect(self, pattern: Pattern | Sequence[Pattern], timeout: float | None = 10.0) -> re.Match[str]:
-        """Run the guest until it has printed `pattern`; see Talk.expect. `before` is then what came before it."""
-        return self.talk.expect(pattern, timeout)
+        """Run the guest until it has printed `pattern` (or one of several): its match, see `talk`.
+
+        `before` is then what came before it. Raises ExpectError when the guest ends or time passes without it.
+        """
+        talk = self.talk
+        talk.expect(pattern, timeout)
+        match: re.Match[str] = talk.match
+        return match
 
     @property
     def before(self) -> str:
         """What the guest printed between the two last expected texts."""
-        return self.talk.before
+        before: str = self.talk.before
+        return before
 
     def send(self, text: str | bytes) -> None:
         """Type `text`; it arrives while the guest runs. Returns at once."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pykvm.core.device import Device
 from pykvm.core.outcome import Outcome
 from pykvm.errors import ConfigError, ExpectError
-from pykvm.testing.talk import compile_patterns
 from pykvm.testing.waiting import run_while_waiting
 
 TYPE_CHECKING = False
@@ -165,7 +164,7 @@ def run_until(
     conditions = _Conditions(machine)
     try:
         if console is not None:
-            conditions.patterns = compile_patterns(console)
+            conditions.patterns = machine.console.talk.compile_pattern_list(console)
             conditions.names += [f"the text {pattern.pattern!r}" for pattern in conditions.patterns]
         if port_write is not None:
             port, value = port_write if isinstance(port_write, tuple) else (port_write, None)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator
 
 import cguest
+import pexpect
 import pytest
 
 from pykvm import ConfigError, Device, DeviceError, ExpectError, Machine, MachineStateError, Outcome, Pc
@@ -123,6 +125,27 @@ def test_a_device_that_raises_is_heard(vm: Pc) -> None:
     vm.console.send("p")
     with pytest.raises(DeviceError, match="broken"):
         vm.console.expect("p ok")
+
+
+def test_it_is_pexpect(vm: Pc) -> None:
+    """console.talk is a pexpect spawn: index, exact texts, lines, log, EOF and TIMEOUT as patterns and exceptions."""
+    talk, log = vm.console.talk, io.StringIO()
+    talk.logfile_read = log
+    assert talk.expect(["never", re.compile("BOOT (1)", re.IGNORECASE)]) == 1
+    assert (talk.match[1], talk.after, talk.match_index) == ("1", "boot 1", 1)
+    assert talk.readline() == "\n"
+    assert talk.readline() == "boot 2\n"
+    assert talk.expect_exact(["rea.y", "ready"]) == 1
+    assert talk.expect(["never", pexpect.TIMEOUT], timeout=0.1) == 1
+    with pytest.raises(pexpect.TIMEOUT, match=r"ran for 0\.1 s and did not print 'rea.y'.*\nits last words:") as caught:
+        talk.expect_exact("rea.y", timeout=0.1)
+    assert isinstance(caught.value, ExpectError)
+    vm.console.send("xq")
+    with pytest.raises(pexpect.EOF, match="ended with <Outcome DEBUG_EXIT"):
+        vm.console.expect("never")
+    assert talk.expect([pexpect.EOF, "never"]) == 0
+    assert talk.before.endswith("x ok\n")
+    assert log.getvalue() == vm.console.text
 
 
 def test_run_until_console(vm: Pc) -> None:

@@ -61,8 +61,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
 # Beside a bare interpreter's 11 ms each of these costs one to a hundred milliseconds.
 SLOW_NAMES = """
     argparse asyncio collections concurrent contextlib ctypes dataclasses datetime decimal elftools enum functools
-    hashlib iced_x86 importlib inspect json logging lz4 multiprocessing pathlib pdb pickle platform ptrace random re
-    rich shutil socket ssl string structlog subprocess tempfile textwrap traceback typing unittest urllib uuid
+    hashlib iced_x86 importlib inspect json logging lz4 multiprocessing pathlib pdb pexpect pickle platform ptrace
+    random re rich shutil socket ssl string structlog subprocess tempfile textwrap traceback typing unittest urllib uuid
     zstandard
 """
 SLOW = frozenset(SLOW_NAMES.split())

@@ -9,7 +9,7 @@ import pytest
 
 from pykvm import MachineStateError
 from pykvm.core.console import KEEP, Console
-from pykvm.testing.talk import Talk, compile_patterns
+from pykvm.testing.talk import Talk
 
 
 def talk() -> tuple[Console, Talk]:
@@ -20,7 +20,7 @@ def talk() -> tuple[Console, Talk]:
 
 def found(listener: Talk, *patterns: str) -> str | None:
     """What `seek` finds of the patterns."""
-    match = listener.seek(compile_patterns(patterns))
+    match = listener.seek(listener.compile_pattern_list(patterns))
     return match[0] if match else None
 
 
