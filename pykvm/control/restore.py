@@ -6,8 +6,9 @@ import os
 
 from pykvm.board import Pc
 from pykvm.config import BootConfig, MachineConfig
+from pykvm.control.recipes import PATH, make_devices
 from pykvm.core.machine import Machine
-from pykvm.core.state import BOOL, U64, Int, Kind, ListOf, Row, Shape, Text
+from pykvm.core.state import BOOL, U64, Int, ListOf, Row, Shape, Text
 from pykvm.core.vmsetup import host_cpuid
 from pykvm.errors import HostError, SnapshotError, UsageError
 from pykvm.kvm.system import Kvm
@@ -20,34 +21,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from pykvm.virtio.device import VirtioDevice
-
 TSC_TOLERANCE_PPM = 250  # what NTP can correct, and what QEMU and KVM's own TSC scaling tolerate
 
 _BOARD = Shape(1, serial_ports=Int(0, 4), debug_exit=BOOL, testdev=BOOL, virtio_cmdline=BOOL)
-_PATH = Text(4096)
-_DISK = Shape(1, path=_PATH, readonly=BOOL, id=Text(20), direct=BOOL, queues=Int(1, 16), thread=BOOL)
-_RNG = Shape(1)
-
-
-class _Options(Kind):
-    """A device's options, checked by its Shape later."""
-
-    def __init__(self) -> None:
-        super().__init__("options")
-
-    def accepts(self, value: object) -> bool:
-        """A document."""
-        return isinstance(value, dict)
-
-
-_RECIPES = ListOf(Row(Text(20), _Options()), 0, 64)
 _BOOT = {
-    "kernel": _PATH,
-    "bios": _PATH,
+    "kernel": PATH,
+    "bios": PATH,
     "cmdline": Text(1 << 16),
-    "initrd": _PATH,
-    "modules": ListOf(Row(_PATH, Text(1 << 16)), 0, 64),
+    "initrd": PATH,
+    "modules": ListOf(Row(PATH, Text(1 << 16)), 0, 64),
     "mode": Text(16),
     "entry": U64,
     "load_addr": U64,
@@ -106,30 +88,8 @@ def _make(file: SnapshotFile, config: MachineConfig, overrides: dict[str, Any]) 
     recipes = options.pop("devices", None)
     _BOARD.check(f"{file.path}: board", 1, options)
     if "devices" not in overrides:
-        options["devices"] = _devices(recipes, file.path)
+        options["devices"] = make_devices(recipes, file.path)
     return Pc(boot, config, image=file.snapshot.memory, **{**options, **overrides})
-
-
-def _devices(recipes: object, path: str) -> list[VirtioDevice]:
-    """The virtio devices that the file names, with their host files opened."""
-    from pykvm.virtio.blk import Disk
-    from pykvm.virtio.rng import Rng
-
-    if not _RECIPES.accepts(recipes):
-        raise SnapshotError(f"{path}: its list of devices is malformed")
-    made: list[VirtioDevice] = []
-    try:
-        for kind, options in recipes:  # type: ignore[attr-defined]
-            shape = {"disk": _DISK, "rng": _RNG}.get(kind)
-            if shape is None:
-                raise SnapshotError(f"{path}: a device of kind {kind!r} is unknown")
-            shape.check(f"{path}: {kind}", 1, options)
-            made.append(Disk(**options) if kind == "disk" else Rng())
-    except BaseException:
-        for device in made:
-            device.close()
-        raise
-    return made
 
 
 def _boot_config(saved: object, path: str) -> BootConfig | None:
