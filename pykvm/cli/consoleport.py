@@ -26,35 +26,67 @@ if TYPE_CHECKING:
 PLACES = "stdio, file:PATH, pty, unix:PATH, none"
 
 
-class HostPort(ConsolePort):
-    """A port with what --console says about it."""
-
-    def __init__(self, where: str, name: str) -> None:
-        super().__init__(name, console=not name)
-        self.where = where
-
-
-def parse_console(text: str) -> HostPort:
-    """`WHERE[,port=NAME]`. Raises UsageError."""
+def parse_console(text: str) -> tuple[str, str]:
+    """`WHERE[,port=NAME]` as (WHERE, NAME or ""). Raises UsageError."""
     from pykvm.cli.devices import split_spec
 
     where, words = split_spec("--console", text, (), ("port",))
+    _check_place(where)
+    if "port" in words and not words["port"]:
+        raise UsageError("--console: port= needs a name")
+    return where, words.get("port", "")
+
+
+def _check_place(where: str) -> None:
     kind, colon, path = where.partition(":")
     if (kind, bool(path)) not in (("stdio", False), ("pty", False), ("none", False), ("file", True), ("unix", True)):
         raise UsageError(f"--console: {where!r} is none of {PLACES}")
-    if "port" in words and not words["port"]:
-        raise UsageError("--console: port= needs a name")
     if colon and not path:
         raise UsageError(f"--console: {where!r} names no path")
-    return HostPort(where, words.get("port", ""))
 
 
 def make_console(texts: Sequence[str]) -> Console:
     """The device with all the ports that --console asks for. Raises UsageError."""
-    ports = [parse_console(text) for text in texts]
+    ports = []
+    for where, name in map(parse_console, texts):
+        ports.append(ConsolePort(name, console=not name))
+        ports[-1].where = where
+    _check_stdio(ports)
+    return Console(ports)
+
+
+def _check_stdio(ports: Sequence[ConsolePort]) -> None:
     if sum(port.where == "stdio" for port in ports) > 1:
         raise UsageError("--console: only one port can be stdio")
-    return Console(ports)
+
+
+def console_ports(pc: Pc) -> list[ConsolePort]:
+    """All ports of the machine's consoles."""
+    consoles = [each.device for each in pc.virtio if isinstance(each.device, Console)]
+    return [port for console in consoles for port in console.ports]
+
+
+def replace_ends(pc: Pc, texts: Sequence[str]) -> list[str]:
+    """What is at the ends of a restored machine's ports: as the file says, or what each --console in `texts` says.
+
+    One without a name is for the next terminal; with any --console, what none names goes nowhere. Raises UsageError.
+    """
+    ports = console_ports(pc)
+    if texts:
+        terminals = [port for port in ports if not port.name]
+        named = {port.name: port for port in ports if port.name}
+        for port in ports:
+            port.where = "none"
+        for where, name in map(parse_console, texts):
+            port_of = named.pop(name, None) if name else (terminals.pop(0) if terminals else None)
+            if port_of is None:
+                what = f"port {name!r}" if name else "such terminal"
+                raise UsageError(f"--console {where}: the machine was saved with no {what}")
+            port_of.where = where
+    for port in ports:
+        _check_place(port.where or "none")
+    _check_stdio(ports)
+    return [port.where for port in ports if port.where]
 
 
 def open_consoles(pc: Pc, ends: list[SerialPort], *, capture: bool) -> None:
@@ -62,12 +94,10 @@ def open_consoles(pc: Pc, ends: list[SerialPort], *, capture: bool) -> None:
 
     Raises UsageError; then what was opened before is in `ends`.
     """
-    for transport in pc.virtio:
-        if isinstance(transport.device, Console):
-            for port in transport.device.ports:
-                if isinstance(port, HostPort):
-                    ends.append(SerialPort(port.where))
-                    _open(pc, port, ends[-1], capture=capture)
+    for port in console_ports(pc):
+        if port.where:
+            ends.append(SerialPort(port.where))
+            _open(pc, port, ends[-1], capture=capture)
 
 
 class Outlet:
@@ -124,7 +154,7 @@ class Outlet:
             self._io.remove_writer(self.fd)
 
 
-def _open(pc: Pc, port: HostPort, end: SerialPort, *, capture: bool) -> None:
+def _open(pc: Pc, port: ConsolePort, end: SerialPort, *, capture: bool) -> None:
     kind, _, path = port.where.partition(":")
     if kind == "stdio":
         _open_stdio(pc, port, end, capture=capture)
@@ -133,8 +163,9 @@ def _open(pc: Pc, port: HostPort, end: SerialPort, *, capture: bool) -> None:
     elif kind == "unix":
         end.add(_Server(pc.io, port, path).close)
     elif kind == "file":
+        mode = os.O_APPEND if port.resumed else os.O_TRUNC  # what the guest said before it was saved is kept
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | mode | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
         except OSError as error:
             raise UsageError(f"--console file:{path}: {error.strerror}") from error
         end.add(lambda: os.close(fd))
@@ -205,7 +236,7 @@ def _follow_size(pc: Pc, port: ConsolePort, end: SerialPort) -> None:
     end.add(undo)
 
 
-def _open_pty(pc: Pc, port: HostPort, end: SerialPort) -> None:
+def _open_pty(pc: Pc, port: ConsolePort, end: SerialPort) -> None:
     import tty
 
     ours, theirs = os.openpty()
@@ -231,7 +262,7 @@ class _Server:
         self._listener = Listener(path, "console")
         self._listener.start(io, self._accept)
         if not port.console:
-            port.connected = False
+            port.connect(False)
 
     def _accept(self, client: socket.socket) -> None:
         if self._client is not None:

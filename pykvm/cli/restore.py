@@ -20,15 +20,28 @@ _SHARED = (
     "--log-json",
 )
 
+
+def _place(text: str) -> str:
+    return "" if text == "none" else text
+
+
 OPTIONS = (
     Option("--lazy", "", "do not read memory to check it: starts at once, and damage goes unnoticed"),
     Option("--parent", "FILE", "what a differential snapshot is relative to, if not beside it under its old name"),
+    Option(
+        "--console",
+        "WHERE[,port=NAME]",
+        "where the next virtio console or a named port ends, instead of where it did (any of them: the rest nowhere)",
+        many=True,
+    ),
+    Option("--vsock", "PATH", "where the vsock listens instead of at its old path; none for nowhere", convert=_place),
     *(option for option in START_OPTIONS if option.name in _SHARED),
 )
 
 PARSER = Parser(
     "pykvm restore [OPTION...] FILE",
-    "Go on with the machine that `pykvm start --save` or Machine.save() wrote to FILE. FILE is only read.",
+    "Go on with the machine that `pykvm start --save` or Machine.save() wrote to FILE. FILE is only read.\n"
+    "What its devices were connected to on this host is opened again: sockets, consoles, networks, disks.",
     OPTIONS,
     positionals=1,
     epilog="Keys and exit status are those of `pykvm start`.",
@@ -48,14 +61,20 @@ def run(argv: list[str]) -> int:
     if values["gdb"] is None and (values["gdb_wait"] or values["gdb_arch"]):
         raise UsageError("--gdb-wait and --gdb-arch need --gdb WHERE")
     everything = {option.key: [] if option.many else option.default for option in START_OPTIONS} | values
-    plan = serial_plan(values["serial"], capture=values["json"], taken=False)
     from pykvm.board import Pc
     from pykvm.control.restore import restore_file
 
     signals = Signals()
-    with restore_file(rest[0], lazy=bool(values["lazy"]), parent=values["parent"]) as machine:
+    with restore_file(rest[0], lazy=bool(values["lazy"]), parent=values["parent"], vsock=values["vsock"]) as machine:
         if not isinstance(machine, Pc):
             raise UsageError(f"{rest[0]}: is a bare Machine; restore it from Python, by pykvm.restore_file")
+        if machine.virtio:
+            from pykvm.cli.consoleport import replace_ends
+
+            everything["console"] = replace_ends(machine, values["console"])
+        elif values["console"]:
+            raise UsageError("--console: the machine was saved without a virtio console")
+        plan = serial_plan(values["serial"], capture=values["json"], taken="stdio" in everything["console"])
         if len(plan) > len(machine.serial):
             raise UsageError(f"--serial: the machine was saved with {len(machine.serial)} serial ports")
         return run_session(machine, plan, everything, signals)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pykvm.core.state import BOOL, Int, Kind, ListOf, Row, Shape, Text
-from pykvm.errors import SnapshotError
+from pykvm.core.state import BOOL, U32, Int, Kind, ListOf, Row, Shape, Text
+from pykvm.errors import SnapshotError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,8 +30,29 @@ class _Options(Kind):
 _RECIPES = ListOf(Row(Text(20), _Options()), 0, MAX_DEVICES)
 
 
-def make_devices(recipes: object, path: str) -> list[VirtioDevice]:
-    """The virtio devices of the file at `path`, with their host files opened. Raises SnapshotError, ConfigError."""
+class Ends:
+    """Ends on this host that devices get instead of those that the file names; see restore_file."""
+
+    def __init__(self, *, vsock: str | None = None) -> None:
+        self.vsock = vsock
+
+    def replace(self, kind: str, options: dict[str, Any]) -> dict[str, Any]:
+        """A device's checked options with them."""
+        if kind == "vsock" and self.vsock is not None:
+            options, self.vsock = {**options, "path": self.vsock}, None
+        return options
+
+    def check_used(self) -> None:
+        """Raise UsageError when there was no device for one."""
+        if self.vsock is not None:
+            raise UsageError(f"the machine was saved without a vsock: leave out {self.vsock or 'none'}")
+
+
+def make_devices(recipes: object, path: str, ends: Ends) -> list[VirtioDevice]:
+    """The virtio devices of the file at `path`, with their host files opened.
+
+    Raises SnapshotError, ConfigError, UsageError.
+    """
     if not _RECIPES.accepts(recipes):
         raise SnapshotError(f"{path}: its list of devices is malformed")
     made: list[VirtioDevice] = []
@@ -41,7 +62,8 @@ def make_devices(recipes: object, path: str) -> list[VirtioDevice]:
                 raise SnapshotError(f"{path}: a device of kind {kind!r} is unknown")
             shape, make = _KINDS[kind]
             shape.check(f"{path}: {kind}", 1, options)
-            made.append(make(options))
+            made.append(make(ends.replace(kind, options)))
+        ends.check_used()
     except BaseException:
         for device in made:
             device.close()
@@ -61,6 +83,28 @@ def _rng(options: dict[str, Any]) -> VirtioDevice:
     return Rng()
 
 
+def _console(options: dict[str, Any]) -> VirtioDevice:
+    from pykvm.virtio.console import Console, ConsolePort
+
+    ports = []
+    for name, console, where in options["ports"]:
+        ports.append(ConsolePort(name, console=console))
+        ports[-1].where, ports[-1].resumed = where, True
+    return Console(ports)
+
+
+def _balloon(options: dict[str, Any]) -> VirtioDevice:
+    from pykvm.virtio.balloon import Balloon
+
+    return Balloon(**options)
+
+
+def _vsock(options: dict[str, Any]) -> VirtioDevice:
+    from pykvm.virtio.vsock import Vsock
+
+    return Vsock(options["cid"], options["path"] or None)
+
+
 # kind -> (what its options are, function that makes it)
 _KINDS: dict[str, tuple[Shape, Callable[[dict[str, Any]], VirtioDevice]]] = {
     "disk": (
@@ -68,4 +112,7 @@ _KINDS: dict[str, tuple[Shape, Callable[[dict[str, Any]], VirtioDevice]]] = {
         _disk,
     ),
     "rng": (Shape(1), _rng),
+    "console": (Shape(1, ports=ListOf(Row(Text(255), BOOL, PATH), 1, 16)), _console),
+    "balloon": (Shape(1, deflate_on_oom=BOOL, reporting=BOOL), _balloon),
+    "vsock": (Shape(1, cid=U32, path=PATH), _vsock),
 }

@@ -6,7 +6,7 @@ import os
 
 from pykvm.board import Pc
 from pykvm.config import BootConfig, MachineConfig
-from pykvm.control.recipes import PATH, make_devices
+from pykvm.control.recipes import PATH, Ends, make_devices
 from pykvm.core.machine import Machine
 from pykvm.core.state import BOOL, U64, Int, ListOf, Row, Shape, Text
 from pykvm.core.vmsetup import host_cpuid
@@ -43,6 +43,7 @@ def restore_file(
     lazy: bool = False,
     parent: str | os.PathLike[str] | None = None,
     attach: Callable[[Machine], object] | None = None,
+    vsock: str | None = None,
     **board: Any,
 ) -> Machine:
     """The machine that `Machine.save` wrote to `path`: a Pc or a Machine, paused, about to go on.
@@ -50,9 +51,11 @@ def restore_file(
     lazy     map its memory without reading it first: takes no time, and damage in it goes unnoticed
     parent   the file that a differential snapshot is relative to, if it is not beside `path` under its old name
     attach   puts the caller's own devices on the machine, at the addresses that they had
+    vsock    where its vsock listens instead of at its old path; "" for nowhere
     board    overrides options of the Pc: `devices=[...]` gives it other virtio devices of the same kinds
 
-    Raises SnapshotError for a file that is damaged, of another machine or CPU, before anything is made.
+    Raises SnapshotError for a file that is damaged, of another machine or CPU, before anything is made; ConfigError
+    when an end of a device cannot be had on this host (a socket's path that is in use).
     """
     where = os.fspath(path)
     file = load(where, lazy=lazy, parent=None if parent is None else os.fspath(parent))
@@ -61,7 +64,7 @@ def restore_file(
         tables = file.document["machine"]["state"]["cpuid"]
         check_cpu(tables[0], host_cpuid(kvm, machine_config(file.document, where, host=True)), where)
     try:
-        machine = _make(file, config, board)
+        machine = _make(file, config, Ends(vsock=vsock), board)
     except HostError as error:
         raise SnapshotError(f"{where}: this host cannot make its machine: {error}") from error
     try:
@@ -77,7 +80,7 @@ def restore_file(
     return machine
 
 
-def _make(file: SnapshotFile, config: MachineConfig, overrides: dict[str, Any]) -> Machine:
+def _make(file: SnapshotFile, config: MachineConfig, ends: Ends, overrides: dict[str, Any]) -> Machine:
     kind, board = file.document["kind"], file.document["board"]
     if kind == "machine":
         return Machine(config, image=file.snapshot.memory)
@@ -88,7 +91,7 @@ def _make(file: SnapshotFile, config: MachineConfig, overrides: dict[str, Any]) 
     recipes = options.pop("devices", None)
     _BOARD.check(f"{file.path}: board", 1, options)
     if "devices" not in overrides:
-        options["devices"] = make_devices(recipes, file.path)
+        options["devices"] = make_devices(recipes, file.path, ends)
     return Pc(boot, config, image=file.snapshot.memory, **{**options, **overrides})
 
 

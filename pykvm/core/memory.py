@@ -235,18 +235,19 @@ class GuestMemory:
                 step = min(len(block), at + part - start)
                 slot.view[start : start + step] = block[:step]
 
-    def discard(self, gpa: int, length: int) -> bool:
+    def discard(self, gpa: int, length: int, *, zeroed: bool = True) -> bool:
         """Give the host pages of [gpa, gpa + length), which reads as zeros afterwards, back to the host.
 
         Both are page-aligned. False, with nothing changed there, where a slot's memory cannot be given back in such
-        pieces (huge pages of hugetlbfs), or would show a snapshot's content again (copy-on-write of a frozen image).
+        pieces (huge pages of hugetlbfs), or would show a snapshot's content again (copy-on-write of a frozen image);
+        with `zeroed=False` it may.
         """
         if (gpa | length) % PAGE_SIZE:
             raise GuestAddressError(gpa, length, "is not page-aligned")
         pieces = list(self._pieces(gpa, length))
         if any(slot.readonly for slot, _, _ in pieces):
             raise GuestAddressError(gpa, length, "is read-only")
-        if any(slot.image is not None for slot, _, _ in pieces):
+        if zeroed and any(slot.image is not None for slot, _, _ in pieces):
             return False
         try:
             for slot, at, part in pieces:

@@ -117,7 +117,7 @@ class ListOf(Kind):
 
 
 class Text(Kind):
-    """A string of printable ASCII."""
+    """A string of printable characters, in one line."""
 
     def __init__(self, longest: int) -> None:
         super().__init__(f"text of up to {longest} characters")
@@ -125,7 +125,7 @@ class Text(Kind):
 
     def accepts(self, value: object) -> bool:
         """A str that is short enough."""
-        return type(value) is str and len(value) <= self.longest and value.isascii() and value.isprintable()
+        return type(value) is str and len(value) <= self.longest and value.isprintable()
 
 
 class Row(Kind):

@@ -12,7 +12,8 @@ import threading
 from pykvm import log
 from pykvm._native import ffi, lib
 from pykvm.core.memory import PAGE_SIZE
-from pykvm.errors import ConfigError, GuestAddressError
+from pykvm.core.state import Bytes, Shape
+from pykvm.errors import ConfigError, GuestAddressError, SnapshotError
 from pykvm.virtio.device import VirtioDevice
 from pykvm.virtio.fault import DriverFault
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pykvm._native import CData
+    from pykvm.core.state import State
     from pykvm.virtio.chain import Chain
     from pykvm.virtio.queue import Virtqueue
 
@@ -32,6 +34,7 @@ INFLATE, DEFLATE, STATS, HINT, REPORTING = range(5)  # 5.5.2
 STATS_VQ, REPORT = 1 << lib.VIRTIO_BALLOON_F_STATS_VQ, 1 << lib.VIRTIO_BALLOON_F_REPORTING
 DEFLATE_ON_OOM, POISON = 1 << lib.VIRTIO_BALLOON_F_DEFLATE_ON_OOM, 1 << lib.VIRTIO_BALLOON_F_PAGE_POISON
 CONFIG = "struct virtio_balloon_config"
+CONFIG_SIZE = ffi.sizeof(CONFIG)
 STAT_SIZE = ffi.sizeof("struct virtio_balloon_stat")
 
 STAT_NAMES = {
@@ -76,6 +79,41 @@ class Balloon(VirtioDevice):
         """Check the first target against the machine's memory."""
         super().bind(transport)  # type: ignore[arg-type]
         self._config.num_pages = self._pages(self._first_target)
+
+    # -- snapshots ----------------------------------------------------------------------------------------------
+
+    shape = Shape(1, config=Bytes(CONFIG_SIZE))
+
+    def save(self) -> State:
+        """Target, what the guest says is in the balloon, and its poison value. Pages given back are holes of memory."""
+        return {"config": self.config()}
+
+    def unfinished(self, queue: Virtqueue) -> int:
+        """The buffer for statistics, which the driver gives only once."""
+        is_stats = bool(self._roles) and self._roles[queue.index] == STATS
+        return int(is_stats and self._stats_chain is not None)
+
+    def restore(self, state: State) -> None:
+        """Go on with the target that the guest knows. Raises SnapshotError for one that is too large."""
+        config: CData = ffi.new(f"{CONFIG} *")
+        ffi.memmove(config, state["config"], CONFIG_SIZE)
+        if config.num_pages * PAGE_SIZE > self.memory.size:
+            raise SnapshotError(f"{self.name}: the snapshot's balloon is larger than the machine's memory")
+        self._config = config
+
+    def twin(self) -> Balloon:
+        """One with the same options."""
+        return Balloon(**self._options())
+
+    def recipe(self) -> tuple[str, dict[str, object]]:
+        """Its options."""
+        return "balloon", {**self._options()}
+
+    def _options(self) -> dict[str, bool]:
+        return {
+            "deflate_on_oom": bool(self.features & DEFLATE_ON_OOM),
+            "reporting": bool(self.features & REPORT),
+        }
 
     # -- the host's side ----------------------------------------------------------------------------------------
 
@@ -150,20 +188,21 @@ class Balloon(VirtioDevice):
         role = self._roles[queue.index]
         if role == INFLATE:
             for gpa, length in _runs(chain):
-                self._release(gpa, length)
+                self._release(gpa, length, zeroed=False)  # nobody may expect anything of what is in there
         elif role == STATS:
             return self._take_stats(chain)
         elif role == REPORTING:
             self._take_reported(chain)
         return 0  # pages out of the balloon need nothing: they are faulted in when they are touched
 
-    def _release(self, gpa: int, length: int) -> None:
+    def _release(self, gpa: int, length: int, *, zeroed: bool = True) -> None:
         try:
-            if self.memory.discard(gpa, length):
+            if self.memory.discard(gpa, length, zeroed=zeroed):
                 self.released += length
             elif not self._refused:
                 self._refused = True
-                log.warning("this memory cannot be given back (hugetlbfs, or of a snapshot)", device=self.name)
+                say = log.debug if any(slot.image is not None for slot in self.memory.slots) else log.warning
+                say("this memory cannot be given back (hugetlbfs, or of a snapshot)", device=self.name)
         except GuestAddressError as error:
             raise DriverFault(f"page that is no RAM in the balloon (5.5.6): {error}") from None
 

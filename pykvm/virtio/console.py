@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections import deque
 
 from pykvm._native import ffi, lib
-from pykvm.errors import ConfigError
+from pykvm.core.state import BOOL, U16, U32, Bytes, Int, ListOf, Row, Shape
+from pykvm.errors import ConfigError, SnapshotError
 from pykvm.virtio.chain import slices
 from pykvm.virtio.device import VirtioDevice
 
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
 
     from pykvm._native import CData
     from pykvm.core.console import Console as Log
+    from pykvm.core.state import State
     from pykvm.virtio.chain import Chain
     from pykvm.virtio.queue import Virtqueue
 
 MAX_PORTS = 16
+MAX_NAME = 255  # bytes of a port's name
 QUEUE_SIZE = 128
 CHUNK = 64 << 10  # bytes that a sink gets at a time
 TURN = 1 << 20  # bytes that one port may print before the I/O thread turns to other work
@@ -39,6 +42,11 @@ EMERG_WRITE = 1 << lib.VIRTIO_CONSOLE_F_EMERG_WRITE
 EMERG_AT = ffi.offsetof("struct virtio_console_config", "emerg_wr")
 CONTROL_SIZE = ffi.sizeof("struct virtio_console_control")
 
+# What the guest knows of whether somebody is at a port's other end
+UNTOLD, TOLD_CLOSED, TOLD_OPEN = range(3)
+# name, console, open, connected, what the guest knows of that, columns, rows, bytes of the first chain that are out
+PORT = Row(Bytes(0, MAX_NAME), BOOL, BOOL, BOOL, Int(UNTOLD, TOLD_OPEN), U16, U16, U32)
+
 
 class ConsolePort:
     """One port: `sink` gets what the guest writes, `receive` gives it input.
@@ -49,13 +57,20 @@ class ConsolePort:
                  many it took: the guest then waits until `more` is called
     on_rx_space  called as soon as the guest has made room after `receive` had to turn bytes away
     on_open      called with True or False when a program in the guest opens or closes the port
+    where        what is at the other end, in a front end's words (pykvm.cli.consoleport): a snapshot file keeps it
+    resumed      made for a machine that goes on, by `twin` or from a file: nobody is at the other end yet
     """
+
+    where = ""
+    resumed = False
 
     def __init__(
         self, name: str = "", *, console: bool = False, sink: Callable[[bytes], int | None] | None = None
     ) -> None:
         if not name and not console:
             raise ConfigError("console", "a port that is no console needs a name")
+        if len(name.encode(errors="surrogateescape")) > MAX_NAME:
+            raise ConfigError("console", f"a port's name of more than {MAX_NAME} bytes")
         self.name = name
         self.console = console
         self.sink = sink
@@ -67,7 +82,8 @@ class ConsolePort:
         self.connected = True
         self._starved = False
         self._draining = False
-        self._held: tuple[Chain, int] | None = None  # a chain of output and how much of it is out
+        self._offset = 0  # how much of the next chain of output is out
+        self._told = UNTOLD
 
     def bind(self, device: Console, index: int) -> None:
         """The port was put into a device."""
@@ -102,6 +118,8 @@ class ConsolePort:
         """Tell the guest whether somebody is at the other end (of a port that is no console)."""
         with self._device.transport.lock:
             self.connected = connected
+            if self._told != UNTOLD:
+                self._told = TOLD_OPEN if connected else TOLD_CLOSED
             self._device.say(self._index, lib.VIRTIO_CONSOLE_PORT_OPEN, int(connected))
 
     def detach(self) -> None:
@@ -117,7 +135,7 @@ class ConsolePort:
             if transport.live:
                 transport.guarded(self.drain)
             waiting = transport.guarded(self.tx.pending) if transport.live and self.tx.enabled else 0
-            return self._held is None and not waiting
+            return not waiting
 
     # -- the device's side --------------------------------------------------------------------------------------
 
@@ -156,21 +174,23 @@ class ConsolePort:
     def _drain(self) -> None:
         left = TURN
         while left > 0:
-            chain, offset = self._held or (self.tx.pop(), 0)
+            chain = self.tx.pop()
             if chain is None:
                 if not self.tx.want_notification():
                     break
                 left -= CHAIN_COST
                 continue
-            self._held = (chain, offset)
-            data = b"".join(slices(chain.readable, offset, min(CHUNK, left)))
+            data = b"".join(slices(chain.readable, self._offset, min(CHUNK, left)))
             taken = self._put(data)
             left -= max(taken, CHAIN_COST)
-            if offset + taken == chain.readable_size:
-                self._held = None
+            if chain.generation != self.tx.generation:
+                break  # the sink had the device reset
+            self._offset += taken
+            if self._offset >= chain.readable_size:  # less than before, if the driver changes what it offered
+                self._offset = 0
                 self.tx.push(chain)
             else:
-                self._held = (chain, offset + taken)
+                self.tx.unpop()
                 if taken < len(data):
                     break
         else:
@@ -201,8 +221,52 @@ class ConsolePort:
 
     def reset(self) -> None:
         """The device was reset."""
-        self._held = None
+        self._offset = 0
+        self._told = UNTOLD
         self.set_open(False)
+
+    # -- introductions and snapshots ----------------------------------------------------------------------------
+
+    def introduce(self) -> None:
+        """The driver has made the port: say what there is to know of it."""
+        say, index = self._device.say, self._index
+        if self.console:
+            say(index, lib.VIRTIO_CONSOLE_CONSOLE_PORT, 1)
+        if self.name:
+            say(index, lib.VIRTIO_CONSOLE_PORT_NAME, 1, self.name.encode(errors="surrogateescape"))
+        self._told = TOLD_OPEN if self.connected else TOLD_CLOSED
+        if self.connected:
+            say(index, lib.VIRTIO_CONSOLE_PORT_OPEN, 1)
+        if self.console and any(self.size):
+            self._device.resized(index)
+
+    def twin(self) -> ConsolePort:
+        """The same port for a copy of the machine, with nothing at its other end."""
+        port = ConsolePort(self.name, console=self.console)
+        port.resumed = True
+        return port
+
+    def save(self) -> list[bytes | bool | int]:
+        """A PORT."""
+        name = self.name.encode(errors="surrogateescape")
+        return [name, self.console, self.open, self.connected, self._told, *self.size, self._offset]
+
+    def is_like(self, row: list[bytes | bool | int]) -> bool:
+        """Whether the PORT is one of the same name and kind."""
+        return row[:2] == [self.name.encode(errors="surrogateescape"), self.console]
+
+    def restore(self, row: list[int]) -> None:
+        """Go on from a PORT. What is at the other end now may be something else: then the guest is told."""
+        _, _, opened, connected, self._told, columns, rows, self._offset = row
+        if self.resumed:
+            self.connected = bool(connected)
+        if not any(self.size):
+            self.size = (columns, rows)
+        elif self.size != (columns, rows):
+            self._device.resized(self._index)
+        if self._told != UNTOLD and self.connected is not (self._told == TOLD_OPEN):
+            self.connect(self.connected)
+        self.set_open(bool(opened))
 
 
 class Console(VirtioDevice):
@@ -269,6 +333,41 @@ class Console(VirtioDevice):
                 for port in self.ports:
                     self.transport.guarded(port.drain)
 
+    # -- snapshots ----------------------------------------------------------------------------------------------
+
+    shape = Shape(
+        1,
+        multiport=BOOL,
+        control=ListOf(Bytes(CONTROL_SIZE, CONTROL_SIZE + MAX_NAME), 0, MAX_CONTROL),
+        ports=ListOf(PORT, 1, MAX_PORTS),
+    )
+
+    def save(self) -> State:
+        """Each port, and what was not said yet. Output that its sink has not taken stays in the rings."""
+        return {
+            "multiport": self._multiport,
+            "control": list(self._control),
+            "ports": [port.save() for port in self.ports],
+        }
+
+    def restore(self, state: State) -> None:
+        """Go on, with what is at the ports' other ends now."""
+        rows = state["ports"]
+        if len(rows) != len(self.ports) or not all(map(ConsolePort.is_like, self.ports, rows)):
+            raise SnapshotError(f"{self.name}: the snapshot's console has other ports")
+        self._multiport = state["multiport"] and bool(self.features & MULTIPORT)
+        self._control = deque(state["control"])
+        for port, row in zip(self.ports, rows, strict=True):
+            port.restore(row)
+
+    def twin(self) -> Console:
+        """The same ports, with nothing at their other ends."""
+        return Console([port.twin() for port in self.ports])
+
+    def recipe(self) -> tuple[str, dict[str, object]]:
+        """The ports, each with what is at its other end."""
+        return "console", {"ports": [[port.name, port.console, port.where] for port in self.ports]}
+
     def on_notify(self, queue: Virtqueue) -> None:
         """Data of a port, or control messages."""
         if queue.index == CONTROL_TX:
@@ -297,21 +396,10 @@ class Console(VirtioDevice):
                 self.say(index, lib.VIRTIO_CONSOLE_PORT_ADD)
         elif number < len(self.ports):
             if event == lib.VIRTIO_CONSOLE_PORT_READY and value == 1:
-                self._introduce(number)
+                self.ports[number].introduce()
             elif event == lib.VIRTIO_CONSOLE_PORT_OPEN:
                 self.ports[number].set_open(bool(value))
         return 0
-
-    def _introduce(self, index: int) -> None:
-        port = self.ports[index]
-        if port.console:
-            self.say(index, lib.VIRTIO_CONSOLE_CONSOLE_PORT, 1)
-        if port.name:
-            self.say(index, lib.VIRTIO_CONSOLE_PORT_NAME, 1, port.name.encode())
-        if port.connected:
-            self.say(index, lib.VIRTIO_CONSOLE_PORT_OPEN, 1)
-        if port.console and any(port.size):
-            self.resized(index)
 
     def resized(self, index: int) -> None:
         """The size of a port changed: by configuration or by message (struct virtio_console_resize: cols, rows)."""

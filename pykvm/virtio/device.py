@@ -45,8 +45,7 @@ class VirtioDevice:
     shared_memory  guest memory has to be memfds that another process can map (MachineConfig.memfd)
     native       C serves the queues as well: they and the lock are those of pykvm.virtio.native
     limit        a RateLimit that `on_notify` keeps to, or None
-    shape        what `save` gives (core.state; STATELESS for nothing beside the queues); None: it cannot be saved.
-                 A device that can finishes every request under the transport's lock
+    shape        what `save` gives (core.state; STATELESS for nothing beside the queues); None: it cannot be saved
     """
 
     name = "virtio"
@@ -129,6 +128,10 @@ class VirtioDevice:
         """Release host resources; the machine is closing, and its I/O thread has ended."""
 
     # -- snapshots ----------------------------------------------------------------------------------------------
+
+    def unfinished(self, queue: Virtqueue) -> int:
+        """How many of the chains popped last the device still has: one that is restored finds them in the ring."""
+        return 0
 
     def save(self) -> State:
         """Its own state, beside registers and queues."""

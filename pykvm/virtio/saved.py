@@ -1,8 +1,8 @@
 """The state of a virtio transport and its queues in a snapshot. Layer: virtio.
 
-Requests in flight are none: a device that can be saved finishes each under the transport's lock, and whoever takes a
-snapshot holds that, after everything was served that the driver had made available. What a rate limit kept back is
-found in the rings after the restore.
+Whoever takes a snapshot holds the transport's lock, after everything was served that the driver had made available.
+Requests that a device keeps even so (`VirtioDevice.unfinished`) are saved as if it had not taken them: after the
+restore they are found in the rings, as is what a rate limit kept back.
 """
 
 from __future__ import annotations
@@ -52,14 +52,15 @@ def save(transport: VirtioMmio) -> State:
         return {
             "device_id": int(device.device_id),
             **{name: int(value) for name, value in transport.registers().items()},
-            "queues": [_save_queue(queue) for queue in transport.queues],
+            "queues": [_save_queue(queue, device.unfinished(queue)) for queue in transport.queues],
             **own,
         }
 
 
-def _save_queue(queue: Virtqueue) -> list[int | bool]:
+def _save_queue(queue: Virtqueue, unfinished: int) -> list[int | bool]:
     numbers = (queue.size, queue.desc, queue.avail, queue.used)
-    return [*map(int, numbers), queue.enabled, queue.next_avail, queue.next_used, queue.signalled]
+    next_avail = (queue.next_avail - unfinished) & 0xFFFF
+    return [*map(int, numbers), queue.enabled, next_avail, queue.next_used, queue.signalled]
 
 
 def restore(transport: VirtioMmio, state: State) -> None:

@@ -6,6 +6,9 @@ Source: virtio 1.2, 5.10 (Socket Device). The host's side follows Firecracker's 
   guest has accepted; then the connection is a stream;
 - a program in the guest that connects to CID 2, port P, reaches whoever listens at PATH_P on the host.
 
+A connection does not live through a snapshot: after a restore, and in a fork, the guest is told that all are gone
+(VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, 5.10.6.7), and what listens in it goes on listening.
+
 Streams only. Everything is bounded: connections by MAX_CONNECTIONS, a connection's bytes by BUFFER (5.10.6.3, credit),
 answers to a guest that does not fetch them by MAX_REPLIES (then its requests wait).
 """
@@ -17,6 +20,7 @@ import socket
 from collections import deque
 
 from pykvm._native import ffi, lib
+from pykvm.core.state import Int, Shape
 from pykvm.errors import ConfigError
 from pykvm.virtio.device import VirtioDevice
 from pykvm.virtio.unixsocket import PATH_MAX, Listener
@@ -25,6 +29,7 @@ from pykvm.virtio.vsockconn import BUFFER, HEADER_SIZE, Connection, Greeting
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pykvm._native import CData
+    from pykvm.core.state import State
     from pykvm.virtio.chain import Chain
     from pykvm.virtio.queue import Virtqueue
 
@@ -46,31 +51,43 @@ Key = tuple[int, int]  # host port, guest port
 
 
 class Vsock(VirtioDevice):
-    """The guest has address `cid`; the host's programs meet it at the Unix socket `path`. Raises ConfigError."""
+    """The guest has address `cid`; the host's programs meet it at the Unix socket `path`. Raises ConfigError.
+
+    Without a path, as in a fork, the guest is alone until `listen` is called.
+    """
 
     name = "virtio-vsock"
     device_id = lib.VIRTIO_ID_VSOCK
     queue_sizes = (QUEUE_SIZE, QUEUE_SIZE, 4)
 
-    def __init__(self, cid: int, path: str) -> None:
+    def __init__(self, cid: int, path: str | None = None) -> None:
         if not FIRST_CID <= cid <= LAST_CID:
             raise ConfigError("vsock", f"CID {cid} is not between {FIRST_CID} and {LAST_CID:#x}")
-        if len(os.fsencode(path)) + PORT_DIGITS > PATH_MAX:
-            raise ConfigError("vsock", f"{path}: with _PORT behind it this is too long for a Unix socket")
         self.cid = cid
-        self.path = path
         self.connections: dict[Key, Connection] = {}
         self.greetings: set[Greeting] = set()
         self._out: deque[tuple[Key, int, int]] = deque()  # (key, operation, flags) of headers for the guest
         self._stalled: set[Connection] = set()  # they read again when the guest has receive buffers
         self._next_port = FIRST_HOST_PORT
         self._held_back = False  # the guest's packets wait until it fetches answers
-        self._listener = Listener(path, "vsock")
+        self._reset_owed = False  # the guest has to hear that its connections are gone
+        self.path = path
+        self._listener = None if path is None else _listener(path)
 
     def bind(self, transport: object) -> None:
         """Listen from now on."""
         super().bind(transport)  # type: ignore[arg-type]
-        self._listener.start(self.io, self._accept)
+        if self._listener is not None:
+            self._listener.start(self.io, self._accept)
+
+    def listen(self, path: str) -> None:
+        """Meet the host's programs at `path` from now on; for a device that has no path. Raises ConfigError."""
+        if self._listener is not None:
+            raise ConfigError("vsock", f"it listens at {self.path} already")
+        listener = _listener(path)
+        with self.transport.lock:
+            self.path, self._listener = path, listener
+        listener.start(self.io, self._accept)
 
     def config(self) -> bytes:
         """struct virtio_vsock_config (5.10.4): the guest's CID."""
@@ -82,15 +99,48 @@ class Vsock(VirtioDevice):
             connection.close()
         self._out.clear()
         self._stalled.clear()
-        self._held_back = False
+        self._held_back = self._reset_owed = False
 
     def close(self) -> None:
         """Hang up, and remove the socket's file."""
-        self._listener.close()
+        if self._listener is not None:
+            self._listener.close()
         if hasattr(self, "transport"):
             self.reset()
         for greeting in list(self.greetings):
             greeting.close()
+
+    # -- snapshots ----------------------------------------------------------------------------------------------
+
+    shape = Shape(1, next_port=Int(FIRST_HOST_PORT, LAST_CID))
+
+    def restore(self, state: State) -> None:
+        """Every connection is gone, which the guest has to hear."""
+        super().restore(state)
+        self._reset_owed = True
+
+    def activate(self, features: int) -> None:
+        """The driver is ready."""
+        self._tell_of_reset()
+
+    def _tell_of_reset(self) -> None:
+        queue = self.queues[EVENT]
+        chain = queue.pop() if self._reset_owed and queue.enabled else None
+        if chain is not None:
+            event: CData = ffi.new("struct virtio_vsock_event *", {"id": lib.VIRTIO_VSOCK_EVENT_TRANSPORT_RESET})
+            queue.push(chain, chain.write(ffi.buffer(event)))
+            self._reset_owed = False
+            self.transport.interrupt(queue)
+        elif self._reset_owed and queue.enabled and queue.want_notification():
+            self.transport.notify(EVENT)
+
+    def twin(self) -> Vsock:
+        """One that does not listen: two cannot at one path. See `listen`."""
+        return Vsock(self.cid)
+
+    def recipe(self) -> tuple[str, dict[str, object]]:
+        """Its address and its path ("": it has none)."""
+        return "vsock", {"cid": self.cid, "path": "" if self.path is None else os.path.abspath(self.path)}
 
     # -- from the host ------------------------------------------------------------------------------------------
 
@@ -192,6 +242,8 @@ class Vsock(VirtioDevice):
                 self.transport.notify(TX)
         elif queue.index == TX:
             self._take_packets(queue)
+        else:
+            self.transport.guarded(self._tell_of_reset)
 
     def _take_packets(self, queue: Virtqueue) -> None:
         for _ in range(queue.size):
@@ -254,7 +306,7 @@ class Vsock(VirtioDevice):
 
     def _call_host(self, key: Key, header: CData) -> None:
         """A program of the guest connects to whoever listens at PATH_PORT."""
-        if len(self.connections) + len(self.greetings) >= MAX_CONNECTIONS:
+        if self.path is None or len(self.connections) + len(self.greetings) >= MAX_CONNECTIONS:
             self.send(key, RST)
             return
         try:
@@ -272,3 +324,9 @@ class Vsock(VirtioDevice):
         connection.update_credit(header.buf_alloc, header.fwd_cnt)
         self.send(key, RESPONSE)
         connection.begin()
+
+
+def _listener(path: str) -> Listener:
+    if len(os.fsencode(path)) + PORT_DIGITS > PATH_MAX:
+        raise ConfigError("vsock", f"{path}: with _PORT behind it this is too long for a Unix socket")
+    return Listener(path, "vsock")
