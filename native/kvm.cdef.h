@@ -273,6 +273,7 @@ struct virtio_blk_config {
     ...;
 };
 struct pk_blk {
+    struct pk_handler handler;
     pthread_mutex_t *lock;
     int fd;
     uint64_t sectors;
@@ -281,13 +282,28 @@ struct pk_blk {
     int flush_error;
     uint64_t reads, writes, flushes;
     struct pk_interrupt interrupt;
+    int ended;
+    uint8_t parallel, no_nowait;
+    uint32_t in_flight;
+    ...;
 };
+struct pk_blk_failed { struct pk_virtqueue *queue; uint16_t head; uint32_t type; int error; };
+#define PK_BLK_SERIAL ...
+#define PK_BLK_MISSES ...
+#define PK_BLK_ALL ...
 struct pk_blk_queue { struct pk_handler handler; struct pk_blk *disk; struct pk_virtqueue *queue; struct pk_poll poll; };
 #define PK_BLK_DONE ...
 #define PK_BLK_MORE ...
 #define PK_BLK_PYTHON ...
+void pk_blk_init(struct pk_blk *disk);
 void pk_blk_queue_init(struct pk_blk_queue *queue);
 int pk_blk_serve(struct pk_blk_queue *queue);
+void pk_blk_complete(struct pk_blk *disk);
+void pk_blk_settle(struct pk_blk *disk);
+void pk_blk_abandon(struct pk_blk *disk);
+void pk_blk_deinit(struct pk_blk *disk);
+int pk_blk_take_failed(struct pk_blk *disk, struct pk_blk_failed *failed);
+int pk_uring_probe(void);
 pthread_mutex_t *pk_mutex_new(void);
 void pk_mutex_free(pthread_mutex_t *mutex);
 void pk_mutex_lock(pthread_mutex_t *mutex);

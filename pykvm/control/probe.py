@@ -6,8 +6,10 @@ it should be what to do about it. Paths can be replaced, so that a test can show
 
 from __future__ import annotations
 
+import errno
 import os
 
+from pykvm._native import lib
 from pykvm.control.capabilities import PURPOSES, Capability
 from pykvm.debug.host import detect_backend, is_yes, read_line
 from pykvm.errors import KvmUnavailable, PykvmError
@@ -96,7 +98,7 @@ def probe(places: Places | None = None) -> HostReport:
     if kvm is not None:
         with kvm:
             _look_at_kvm(report, kvm, backend)
-    report.checks += [_nested(backend, places), *_memory(places), _ksm(places), _tun(places)]
+    report.checks += [_nested(backend, places), *_memory(places), _ksm(places), _tun(places), _uring(places)]
     return report
 
 
@@ -322,6 +324,20 @@ def _tun(places: Places) -> Check:
         advice = f"for tap networks let a udev rule or root open it: `sudo chmod 0666 {path}`"
         return Check("network", "tun", NOTE, f"{path}: no permission", advice=advice, data=False)
     return Check("network", "tun", OK, f"{path} can be opened", data=True)
+
+
+def _uring(places: Places) -> Check:
+    failed = -lib.pk_uring_probe()
+    if not failed:
+        return Check("disk", "io_uring", OK, "requests of a disk run side by side", data=True)
+    if read_line(f"{places.proc}/sys/kernel/io_uring_disabled") in ("1", "2"):
+        advice = "allow it by `sudo sysctl kernel.io_uring_disabled=0`"
+    elif failed == errno.ENOSYS:
+        advice = "needs Linux 5.12 or newer, and a container that allows it"
+    else:
+        advice = "let the container's seccomp profile allow io_uring_setup, io_uring_enter and io_uring_register"
+    value = f"{os.strerror(failed)}: slow requests of a disk wait for each other"
+    return Check("disk", "io_uring", NOTE, value, advice=advice, data=False)
 
 
 def _number(text: str | None) -> int:

@@ -7,6 +7,7 @@ request without room for its status is a driver's fault.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from pykvm.virtio.rate import RateLimit
 
 QUEUE_SIZE = 256
+NOT_DONE = (errno.EAGAIN, errno.ECANCELED, errno.EINTR)  # of a flush: as if it had not been asked for
 MAX_QUEUES = 16
 POLL_NS = 50_000  # the longest time for which an empty queue is watched, where there is a CPU to spare
 HEADER = struct.Struct("<IIQ")  # struct virtio_blk_outhdr
@@ -140,6 +142,11 @@ class Disk(VirtioDevice):
             counts[name] += int(getattr(self._plane, count))
         return counts
 
+    @property
+    def in_flight(self) -> int:
+        """How many requests the host has begun with, one beside the other."""
+        return int(self._plane.in_flight)
+
     def bind(self, transport: VirtioMmio) -> None:
         """Let C serve the queues, unless a rate limit has to be kept to."""
         super().bind(transport)
@@ -148,8 +155,13 @@ class Disk(VirtioDevice):
         plane = self._plane
         plane.lock, plane.fd, plane.sectors = transport.lock.handle, self.file.fd, self.capacity
         plane.readonly = self.file.readonly
+        plane.parallel = lib.PK_BLK_ALL if self.file.direct else lib.PK_BLK_MISSES
         plane.unit = self.file.block_size if self.file.direct else 1
         interrupt_of(transport, plane.interrupt)
+        plane.ended = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        lib.pk_blk_init(plane)
+        self.io.add_reader(plane.ended, self._on_ended)
+        self.io.add_handler(plane.ended, ffi.addressof(plane, "handler"))
         for queue, kick in zip(self.queues, transport.kicks, strict=True):
             assert isinstance(queue, NativeQueue)
             entry = ffi.new("struct pk_blk_queue *", {"disk": plane, "queue": queue.state})
@@ -190,11 +202,17 @@ class Disk(VirtioDevice):
         self._plane.active = 0
 
     def reset(self) -> None:
-        """Nothing is in flight: requests are finished one by one."""
-        self._plane.active = 0
+        """Nothing is in flight afterwards, and nothing writes guest memory any more."""
+        lib.pk_blk_abandon(self._plane)
 
     def close(self) -> None:
         """Close the image."""
+        if self._plane_queues:
+            with self.transport.lock:
+                lib.pk_blk_deinit(self._plane)
+            self._plane_queues.clear()
+            self.io.remove_reader(self._plane.ended)
+            os.close(self._plane.ended)
         self.file.close()
 
     def on_notify(self, queue: Virtqueue) -> None:
@@ -213,7 +231,34 @@ class Disk(VirtioDevice):
             self.transport.notify(queue.index)
         self.transport.interrupt(queue)
 
+    def _on_ended(self) -> None:
+        """Requests ended that C had going on beside others: do those again that failed."""
+        try:
+            os.eventfd_read(self._plane.ended)
+        except BlockingIOError:  # C was here
+            pass
+        with self.transport.lock:
+            lib.pk_blk_complete(self._plane)
+            if self.transport.live:
+                self.transport.guarded(self._do_again)
+
+    def _do_again(self) -> None:
+        failed = ffi.new("struct pk_blk_failed *")
+        while lib.pk_blk_take_failed(self._plane, failed):
+            if failed.type == lib.VIRTIO_BLK_T_FLUSH and failed.error not in NOT_DONE:
+                self._plane.flush_error = failed.error
+            (queue,) = (each for each in self.queues if isinstance(each, NativeQueue) and each.state == failed.queue)
+            chain = queue.again(failed.head)
+            queue.push(chain, self.on_request(queue, chain))
+            self.transport.interrupt(queue)
+
     # -- snapshots ----------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Finish what is in flight."""
+        lib.pk_blk_settle(self._plane)
+        if self.transport.live:
+            self._do_again()
 
     @property
     def shape(self) -> Shape:  # type: ignore[override]

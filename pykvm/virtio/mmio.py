@@ -153,12 +153,16 @@ class VirtioMmio(Device):
         return shape_of(self)
 
     def hold(self) -> None:
-        """Serve what was made available, then nothing until `release`, on the same thread; the vCPUs are paused."""
+        """Serve and finish what was made available, then nothing until `release`, on the same thread.
+
+        The vCPUs are paused.
+        """
         self.lock.__enter__()
         try:
             if self.live and self.device.shape is not None and not self.device.external:
                 for queue in self.queues:
                     self.guarded(self._drain, queue)
+            self.guarded(self.device.settle)
         except BaseException:
             self.release()
             raise

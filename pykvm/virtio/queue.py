@@ -127,6 +127,10 @@ class Virtqueue:
         """Give the chain popped last back to the available ring (a device that has no use for it yet)."""
         self.next_avail = (self.next_avail - 1) & 0xFFFF
 
+    def again(self, head: int) -> Chain:
+        """The chain popped earlier that begins at `head`, as the driver has it now. Raises DriverFault."""
+        return self._walk(head)
+
     def _walk(self, head: int) -> Chain:
         table, limit, index, indirect = self._desc, self.size, head, False
         readable: list[memoryview] = []

@@ -42,6 +42,7 @@ def image(tmp_path: Path) -> Path:
         ("bytes=65536", {"direct": True}, "polled"),
         ("irq=1", {}, "by interrupt"),
         ("irq=1", {"thread": True}, "by interrupt"),
+        ("irq=1", {"direct": True}, "by interrupt"),
         ("irq=1", {"native": False}, "by interrupt"),
     ],
 )
@@ -62,9 +63,10 @@ def test_data_come_back(image: Path, cmdline: str, options: dict[str, bool], how
     assert numbers == tuple(range(3 * 1000003, 3 * 1000003 + size // 8))
 
 
-def test_python_serves_only_what_c_cannot(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("direct", [False, True])
+def test_python_serves_only_what_c_cannot(image: Path, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
     """Thousands of reads, many in flight, never reach Python."""
-    disk = Disk(image)
+    disk = Disk(image, direct=direct)
     monkeypatch.setattr(disk, "on_request", lambda *_: pytest.fail("served by Python"))
     outcome, text = guests.run("blk.elf", "count=3000 depth=32", devices=[disk])
     assert (outcome.kind, outcome.code) == ("DEBUG_EXIT", 0), text
@@ -137,9 +139,10 @@ def test_a_full_file_system(tmp_path: Path, kind: str) -> None:
     assert errors.count("\n") == errors.count("No space left on device") == int(kind == "raw"), errors
 
 
-def test_a_reset_in_the_middle_of_load(image: Path) -> None:
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_reset_in_the_middle_of_load(image: Path, direct: bool) -> None:
     """A machine that is reset with many requests in flight, again and again, then runs to its end on the same disk."""
-    disk = Disk(image)
+    disk = Disk(image, direct=direct)
     with guests.pc("blk.elf", "count=3000 depth=32 op=write", devices=[disk]) as machine:
         for _ in range(5):
             before = disk.requests["write"]
@@ -203,11 +206,13 @@ def test_a_slow_flush_holds_up_no_other_device(image: Path, tmp_path: Path, monk
 
 
 @pytest.mark.host
-def test_kill_loses_no_flushed_write(image: Path) -> None:
+@pytest.mark.parametrize("options", ["", ",direct"])
+def test_kill_loses_no_flushed_write(image: Path, options: str) -> None:
     """A VMM killed in the middle of writes leaves every block that was flushed, whole."""
     blocks = 64
     process = command.spawn(
-        "--mem", "64M", "--disk", str(image), "--append", f"mode=log count={blocks}", str(guests.IMAGES / "blk.elf")
+        *("--mem", "64M", "--disk", f"{image}{options}"),
+        *("--append", f"mode=log count={blocks}", str(guests.IMAGES / "blk.elf")),
     )
     assert process.stdout is not None
     said = b""

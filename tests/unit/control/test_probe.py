@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -134,6 +136,21 @@ def test_memory_checks(host: Host) -> None:
     assert (overcommit.state, overcommit.value) == (NOTE, "never")
     assert host.check("KSM").state == OK
     assert "ksm/run" in host.write("sys/kernel/mm/ksm/run", "0\n").check("KSM").advice
+
+
+@pytest.mark.parametrize(
+    ("code", "disabled", "advice"),
+    [(errno.EPERM, "2\n", "sysctl"), (errno.EPERM, "0\n", "seccomp"), (errno.ENOSYS, "", "5.12")],
+)
+def test_io_uring(host: Host, monkeypatch: pytest.MonkeyPatch, code: int, disabled: str, advice: str) -> None:
+    """Where the kernel refuses one, the advice names who said so."""
+    host.write("proc/sys/kernel/io_uring_disabled", disabled)
+    monkeypatch.setattr("pykvm.control.probe.lib", SimpleNamespace(pk_uring_probe=lambda: -code))
+    check = host.check("io_uring")
+    assert (check.state, check.data) == (NOTE, False)
+    assert advice in check.advice
+    monkeypatch.setattr("pykvm.control.probe.lib", SimpleNamespace(pk_uring_probe=lambda: 0))
+    assert host.check("io_uring").state == OK
 
 
 def test_tun(host: Host) -> None:

@@ -161,9 +161,11 @@ class Driver:
         return self.queues
 
     def kick(self, index: int) -> None:
-        """Write QueueNotify and let the device serve it."""
+        """Write QueueNotify and let the device serve it, what it begins beside other things to its end."""
         self.write(lib.VIRTIO_MMIO_QUEUE_NOTIFY, index)
         self.io.run()
+        while getattr(self.transport.device, "in_flight", 0):
+            self.io.run(wait_ms=1000)
 
     @property
     def needs_reset(self) -> bool:
@@ -213,13 +215,16 @@ class StillIo(IoThread):
         """Remember it for the next `run`."""
         self._soon.append(callback)  # type: ignore[arg-type]
 
-    def run(self, rounds: int = 100) -> None:
-        """Call what is ready and what was asked for soon, until nothing is left or `rounds` are over."""
-        for _ in range(rounds):
+    def run(self, rounds: int = 100, wait_ms: int = 0) -> None:
+        """Call what is ready and what was asked for soon, until nothing is left or `rounds` are over.
+
+        `wait_ms`: how long to wait for the first to become ready.
+        """
+        for number in range(rounds):
             poll = select.poll()
             for fd in {*self._readers, *self._writers}:
                 poll.register(fd, self._events(fd))
-            ready = poll.poll(0)
+            ready = poll.poll(0 if number else wait_ms)
             soon, self._soon = self._soon, []
             if not ready and not soon:
                 return

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 IN, OUT, FLUSH = lib.VIRTIO_BLK_T_IN, lib.VIRTIO_BLK_T_OUT, lib.VIRTIO_BLK_T_FLUSH
 GET_ID, DISCARD, ZEROES = lib.VIRTIO_BLK_T_GET_ID, lib.VIRTIO_BLK_T_DISCARD, lib.VIRTIO_BLK_T_WRITE_ZEROES
 OK, IOERR, UNSUPP = lib.VIRTIO_BLK_S_OK, lib.VIRTIO_BLK_S_IOERR, lib.VIRTIO_BLK_S_UNSUPP
+PARALLEL = {"serial": lib.PK_BLK_SERIAL, "parallel": lib.PK_BLK_ALL}
 SECTORS = 256
 CONTENT = b"".join(struct.pack("<Q", n) * 64 for n in range(SECTORS))
 
@@ -62,12 +63,17 @@ def request(driver: Driver, kind: int, sector: int = 0, data: bytes = b"", room:
     return driver.memory.read_u8(places[-1]), driver.memory.read(places[0], room) if room else b""
 
 
-@pytest.fixture(params=[True, False], ids=["c", "python"])
+@pytest.fixture(params=["c", "serial", "parallel", "python"])
 def start(drive: Callable[[Disk], Driver], request: pytest.FixtureRequest) -> Callable[..., Driver]:
-    """start(path, OPTION=...) makes a disk with its driver, ready: served by C where it can, and all by Python."""
+    """start(path, OPTION=...) makes a disk with its driver, ready.
+
+    C serves what it can, as it likes, one request after the other, or all it can side by side; or Python serves all.
+    """
 
     def make(path: Path, features: int | None = None, **options: Any) -> Driver:
-        driver = drive(Disk(path, **{"native": request.param} | options))
+        driver = drive(Disk(path, **{"native": request.param != "python"} | options))
+        if request.param in PARALLEL:
+            disk(driver)._plane.parallel = PARALLEL[request.param]
         driver.start(features)
         return driver
 
@@ -114,6 +120,7 @@ def test_the_framing_is_the_drivers(start: Start, image: Path) -> None:
     (queue,) = driver.queues
     head = header(OUT, 1) + b"x" * 512
     queue.add([head[:7], head[7:20], head[20:]], [1])
+    queue.kick()
     places = queue.add([header(IN, 1)], [100, 413])
     queue.kick()
     assert queue.used() == [(0, 1), (4, 513)]
@@ -432,7 +439,7 @@ hostile_entries = st.lists(
 )
 
 
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("native", ["c", "parallel", "python"])
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     table=hostile_entries,
@@ -441,13 +448,14 @@ hostile_entries = st.lists(
 )
 def test_hostile_rings_end_in_a_reset_at_most(
     image: Path,
-    native: bool,
+    native: str,
     table: list[tuple[int, int, int, int]],
     headers: list[tuple[int, int]],
     heads: list[int],
 ) -> None:
     """Whatever is in the rings, the device answers or asks for a reset, and works after one; nothing is raised."""
-    driver = Driver(Disk(image, native=native))
+    driver = Driver(Disk(image, native=native != "python"))
+    disk(driver)._plane.parallel = PARALLEL.get(native, lib.PK_BLK_MISSES)
     (queue,) = driver.start(size=SMALL)
     for at, (kind, sector) in enumerate(headers):
         driver.memory.write(RINGS + 0x6000 + 16 * at, header(kind, sector))
