@@ -35,6 +35,7 @@ SOURCES = (
     "tap.c",
     "snapmem.c",
     "confine.c",
+    "filemem.c",
 )
 LOCAL_HEADERS = (
     "runloop.h",
@@ -51,9 +52,11 @@ LOCAL_HEADERS = (
     "tap.h",
     "snapmem.h",
     "confine.h",
+    "filemem.h",
 )
 
 HEADERS = (
+    "asm/errno.h",
     "asm/unistd.h",
     "linux/falloc.h",
     "linux/fs.h",
@@ -68,11 +71,25 @@ HEADERS = (
     "linux/virtio_ids.h",
     "linux/virtio_mmio.h",
     "linux/virtio_net.h",
+    "linux/virtio_pmem.h",
     "linux/virtio_ring.h",
     "linux/virtio_vsock.h",
 )
 INCLUDES = "".join(f"#include <{name}>\n" for name in HEADERS)
-PREFIXES = ("KVM_", "VIRTIO_", "VRING_", "BLK", "FALLOC_", "IFF_", "TUN", "PTRACE_", "__NR_ioctl", "__NR_mmap", "_IOC_")
+PREFIXES = (
+    "KVM_",
+    "VIRTIO_",
+    "VRING_",
+    "BLK",
+    "FALLOC_",
+    "IFF_",
+    "TUN",
+    "PTRACE_",
+    "EHWPOISON",
+    "__NR_ioctl",
+    "__NR_mmap",
+    "_IOC_",
+)
 
 TYPES = """
 typedef uint8_t __u8; typedef uint16_t __u16; typedef uint32_t __u32; typedef unsigned long long __u64;

@@ -384,6 +384,9 @@ int pk_if_up(const char *name, int mtu);
 /* -- snapshots (snapmem.h) ----------------------------------------------------------------------------------------- */
 struct pk_range { uint64_t start, end; };
 struct pk_call { unsigned long request; void *argument; };
+int pk_map_shared(void *address, size_t length, int fd);
+int pk_guard(void *address, size_t length, int eventfd);
+void pk_unguard(int number);
 int pk_map_private(void *address, size_t length, int fd, uint64_t offset);
 int64_t pk_private_ranges(int pagemap, uint64_t start, uint64_t end, struct pk_range *out, size_t room);
 int pk_drop(const struct pk_range *ranges, size_t count);

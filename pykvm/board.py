@@ -13,6 +13,7 @@ from pykvm.config import BootConfig, MachineConfig
 from pykvm.core.console import Console
 from pykvm.core.fastuart import FastUart
 from pykvm.core.machine import Machine
+from pykvm.core.outcome import Outcome
 from pykvm.devices.acpi_pm import AcpiPm
 from pykvm.devices.debugcon import DebugCon
 from pykvm.devices.debugexit import DebugExit
@@ -94,6 +95,7 @@ class Pc(Machine):
         image: Sequence[SlotImage] = (),
         **options: object,
     ) -> None:
+        self._memory_devices = [device for device in devices if device.memory_size]
         if any(device.shared_memory for device in devices):
             config = config or MachineConfig(**options)  # type: ignore[arg-type]
             config.memfd = True  # their back ends map guest memory
@@ -241,7 +243,7 @@ class Pc(Machine):
             ram_size=self.config.memory,
             cpus=self.config.cpus,
             # a firmware lays out the first MiB itself
-            e820=[(slot.gpa, slot.size, E820_RAM) for slot in self.memory.slots] + [KVM_PAGES],
+            e820=[(slot.gpa, slot.size, E820_RAM) for slot in self.memory.slots if slot.file is None] + [KVM_PAGES],
         )
 
     def _attach_testdev(self) -> None:
@@ -254,6 +256,15 @@ class Pc(Machine):
         self._attach_port(device.irq_lines, layout.PORT_TESTDEV_IRQ, layout.IOAPIC_PINS)
         window = range(layout.TESTDEV_MMIO, layout.TESTDEV_MMIO + layout.TESTDEV_MMIO_SIZE)
         self.attach(device.iomem, mmio=window)
+
+    def _add_ram(self) -> None:
+        """RAM, and memory that devices bring along: above all RAM."""
+        super()._add_ram()
+        for device in self._memory_devices:
+            end = max(layout.HIGH_RAM, *(slot.end for slot in self.memory.slots))
+            gpa = (end + layout.DEVICE_MEMORY_ALIGN - 1) // layout.DEVICE_MEMORY_ALIGN * layout.DEVICE_MEMORY_ALIGN
+            window = device.place(self.memory, gpa, lambda why: self.finish(Outcome("CRASH", detail=why)))
+            self.attach(window, mmio=range(gpa, gpa + device.memory_size))
 
     def _attach_virtio(self, device: VirtioDevice) -> None:
         from pykvm.virtio.mmio import VirtioMmio

@@ -70,6 +70,15 @@ def _share(text: str) -> VirtioDevice:
     return Share(path, tag=tag, readonly="ro" in words, cache=words.get("cache", "auto"))
 
 
+def _pmem(text: str) -> VirtioDevice:
+    from pykvm.virtio.pmem import Pmem
+
+    path, words = split_spec("--pmem", text, ("ro",), ())
+    if not path:
+        raise UsageError("--pmem: no file given: --pmem FILE[,ro]")
+    return Pmem(path, readonly="ro" in words)
+
+
 def _rng(text: str) -> VirtioDevice:
     from pykvm.virtio.rate import RATE_KEYS, parse_rate
     from pykvm.virtio.rng import Rng
@@ -134,6 +143,7 @@ MAKERS: dict[str, Callable[[str], VirtioDevice]] = {
     "balloon": _balloon,
     "vsock": _vsock,
     "share": _share,
+    "pmem": _pmem,
 }
 
 

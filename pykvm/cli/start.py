@@ -116,6 +116,7 @@ OPTIONS = (
         "in the guest: mount -t virtiofs TAG /mnt",
         many=True,
     ),
+    Option("--pmem", "FILE[,ro]", "FILE as persistent memory: /dev/pmem0 in Linux, for DAX; repeatable", many=True),
     Option("--virtio-cmdline", "", "announce virtio devices on the kernel's command line instead of by ACPI"),
     Option("--save", "FILE", "Ctrl-A w and SIGUSR1 save the machine to FILE, for pykvm restore"),
     Option("--timeout", "S", "stop after S seconds with status 124", convert=parse_seconds),
@@ -142,7 +143,7 @@ PARSER = Parser(
 
 
 # The options that make virtio devices; pykvm.cli.devices knows what their values mean.
-DEVICE_OPTIONS: tuple[str, ...] = ("disk", "net", "rng", "balloon", "vsock", "console", "share")
+DEVICE_OPTIONS: tuple[str, ...] = ("disk", "net", "rng", "balloon", "vsock", "console", "share", "pmem")
 
 
 # The longest time from a signal to its handler: Python runs the handler between two bytecodes, so that a signal in the

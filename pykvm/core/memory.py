@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pykvm._native import CData
+    from pykvm.core.filememory import FileMemory
     from pykvm.core.memimage import SlotImage
 
 PAGE_SIZE = 4096
@@ -30,7 +31,9 @@ HUGE_PAGE_SIZE = 2 << 20
 class Slot:
     """One memslot: [gpa, gpa + size) of the guest backed by host memory at `hva`."""
 
-    __slots__ = ("dirty", "fd", "fd_offset", "gpa", "hva", "image", "index", "map", "name", "readonly", "size", "view")
+    __slots__ = (
+        "dirty", "fd", "fd_offset", "file", "gpa", "hva", "image", "index", "map", "name", "readonly", "size", "view",
+    )  # fmt: skip
 
     def __init__(self, index: int, gpa: int, size: int, backing: mmap.mmap, name: str, readonly: bool, fd: int) -> None:
         self.index = index
@@ -42,6 +45,7 @@ class Slot:
         self.fd = fd
         self.fd_offset = 0
         self.image: SlotImage | None = None  # what is mapped here copy-on-write (core.memimage)
+        self.file: FileMemory | None = None  # the host's file that is mapped here
         self.view = memoryview(backing)
         self.dirty: CData = ffi.NULL  # uint64_t[], a bit for each page that devices in C wrote; see publish()
         self.hva = int(ffi.cast("uintptr_t", ffi.from_buffer(backing)))
@@ -50,6 +54,11 @@ class Slot:
     def end(self) -> int:
         """First GPA past the slot."""
         return self.gpa + self.size
+
+    @property
+    def shared_fd(self) -> int:
+        """What another process maps to have this memory, from `fd_offset` on; -1 for nothing."""
+        return self.file.fd if self.file is not None and not self.readonly else self.fd
 
     def close_fd(self) -> None:
         """Close the memfd of a slot whose memory is mapped anew."""
@@ -130,6 +139,11 @@ class GuestMemory:
         for slot in self.slots:
             _release(slot)
         self.slots.clear()
+
+    def damage(self) -> str:
+        """After an access that failed: what is wrong with the files that are mapped as memory; "" if there are none."""
+        found = [slot.file.damage() for slot in self.slots if slot.file is not None]
+        return min(found, key=lambda each: "was cut" not in each, default="")
 
     # -- for C --------------------------------------------------------------------------------------------------
 
@@ -239,15 +253,15 @@ class GuestMemory:
         """Give the host pages of [gpa, gpa + length), which reads as zeros afterwards, back to the host.
 
         Both are page-aligned. False, with nothing changed there, where a slot's memory cannot be given back in such
-        pieces (huge pages of hugetlbfs), or would show a snapshot's content again (copy-on-write of a frozen image);
-        with `zeroed=False` it may.
+        pieces (huge pages of hugetlbfs, a file of the host), or would show a snapshot's content again (copy-on-write of
+        a frozen image); with `zeroed=False` it may.
         """
         if (gpa | length) % PAGE_SIZE:
             raise GuestAddressError(gpa, length, "is not page-aligned")
         pieces = list(self._pieces(gpa, length))
         if any(slot.readonly for slot, _, _ in pieces):
             raise GuestAddressError(gpa, length, "is read-only")
-        if zeroed and any(slot.image is not None for slot, _, _ in pieces):
+        if any(slot.file is not None or (zeroed and slot.image is not None) for slot, _, _ in pieces):
             return False
         try:
             for slot, at, part in pieces:
@@ -330,6 +344,8 @@ def _span(key: slice) -> tuple[int, int]:
 
 
 def _release(slot: Slot) -> None:
+    if slot.file is not None:
+        slot.file.release()
     try:
         slot.view.release()
         slot.map.close()

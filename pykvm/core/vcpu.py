@@ -22,6 +22,7 @@ from pykvm.core.exits import (
     drain_coalesced,
     on_fatal,
 )
+from pykvm.core.outcome import Outcome
 from pykvm.core.registers import Registers, state_from_kvm, state_to_kvm
 from pykvm.errors import DeviceError, KvmError, MachineStateError, PykvmError
 from pykvm.kvm.handle import ADVICE
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from pykvm._native import CData
     from pykvm.core.bus import Bus
     from pykvm.core.exits import Hooks
-    from pykvm.core.outcome import Outcome
+    from pykvm.core.memory import GuestMemory
     from pykvm.kvm.vcpu import VcpuFd
     from pykvm.x86.segments import CpuState
 
@@ -44,12 +45,14 @@ if TYPE_CHECKING:
         bus: Bus
         hooks: Hooks
         coalesced_lock: threading.Lock
+        memory: GuestMemory
 
         def step_vcpu(self, vcpu: Vcpu) -> Outcome | None: ...
         def vcpu_stopped(self, vcpu: Vcpu, outcome: Outcome | None, error: BaseException | None) -> None: ...
 
 
 KICK_SIGNAL_OFFSET = 3  # SIGRTMIN + 3: the first ones belong to the C library and to debuggers by habit
+LOST_PAGE = (errno.EFAULT, lib.EHWPOISON)  # of KVM_RUN: memory that is not there
 MASKS = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFFFFFF, 8: 0xFFFFFFFFFFFFFFFF}
 
 _RUN, _PAUSE, _EXIT = "run", "pause", "exit"
@@ -308,6 +311,9 @@ class Vcpu:
         """Handle the exit that pk_run has just returned as `key`."""
         if key < 0:
             self.fd.check_owner()  # in a forked child KVM_RUN fails with EIO
+            damage = self.owner.memory.damage() if -key in LOST_PAGE else ""
+            if damage:
+                return Outcome("CRASH", vcpu=self.index, detail=damage)
             raise KvmError("KVM_RUN", -key, ADVICE.get(("KVM_RUN", -key), ""))
         if key == KEY_COALESCED:
             return drain_coalesced(self)

@@ -23,20 +23,23 @@ if TYPE_CHECKING:
 def collect_report(machine: Machine, vcpu: Vcpu, outcome: Outcome) -> CrashReport:
     """The report on `vcpu`, which has just ended the run with `outcome` (TRIPLE_FAULT or CRASH)."""
     facts = exit_facts(vcpu.state.run)
+    damaged = outcome.detail == machine.memory.damage()
+    if damaged and facts.reason == "UNKNOWN":  # what KVM_RUN leaves there when it fails
+        facts = ExitFacts("KVM_RUN: EFAULT")
     counts: dict[str, int] = {}
     for each in machine.vcpus:
         for reason, count in each.exit_counts().items():
             name = reason_name(reason)
             counts[name] = counts.get(name, 0) + count
     # an ordinary exit that ended the run did so by what a device made of it: the device says what
-    by_device = facts.reason in ("IO", "MMIO")
+    told = damaged or facts.reason in ("IO", "MMIO")
     return build_report(
         outcome.kind,
         facts,
         vcpu.capture_state(),
         machine.memory,
         vcpu=vcpu.index,
-        title=outcome.detail if by_device else "",
+        title=outcome.detail if told else "",
         console=machine.console.data[-CONSOLE_BYTES:],
         exits=counts,
         backend=detect_backend(),

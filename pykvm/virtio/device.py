@@ -21,9 +21,10 @@ from pykvm.errors import SnapshotError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pykvm.core.console import Console
+    from pykvm.core.device import Device
     from pykvm.core.iothread import IoThread
     from pykvm.core.memory import GuestMemory
     from pykvm.core.state import Shape, State
@@ -43,6 +44,7 @@ class VirtioDevice:
     external     a back end in another process serves the queues: nothing here polls their kick eventfds
     own_thread   handlers run on an I/O thread of this device alone, for one whose requests may block
     shared_memory  guest memory has to be memfds that another process can map (MachineConfig.memfd)
+    memory_size  bytes of guest physical memory that the device brings along: the board calls `place` for it
     native       C serves the queues as well: they and the lock are those of pykvm.virtio.native
     limit        a RateLimit that `on_notify` keeps to, or None
     shape        what `save` gives (core.state; STATELESS for nothing beside the queues); None: it cannot be saved
@@ -55,6 +57,7 @@ class VirtioDevice:
     external = False
     own_thread = False
     shared_memory = False
+    memory_size = 0
     native = False
     limit: RateLimit | None = None
     throttle: Throttle | None = None  # made by `bind` from `limit`
@@ -74,6 +77,13 @@ class VirtioDevice:
             from pykvm.virtio.rate import Throttle
 
             self.throttle = Throttle(self.limit, self.io.call_later, transport.notify)
+
+    def place(self, memory: GuestMemory, gpa: int, fail: Callable[[str], object]) -> Device:
+        """Put memory of `memory_size` bytes at `gpa`, before `bind`; what answers there where the memory does not.
+
+        `fail` ends the run with a CRASH of this reason, from any thread.
+        """
+        raise NotImplementedError
 
     def join(self, console: Console) -> None:
         """The machine's console is `console`: for devices whose output belongs in there."""

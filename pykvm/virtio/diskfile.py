@@ -37,7 +37,7 @@ UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
 class DiskFile:
     """An open image. Offsets and lengths are bytes; errors are OSError, EIO where the file is shorter than it was.
 
-    size         bytes at the time of opening, whole sectors
+    length, size  bytes at the time of opening, and those of whole sectors
     block_size   what offsets, lengths and addresses of direct I/O are multiples of; else 512
     physical     the unit in which the host writes
     fd           the file; with O_DIRECT for `direct`
@@ -45,6 +45,8 @@ class DiskFile:
 
     Raises ConfigError when it is no file or block device, cannot be opened, or is in use.
     """
+
+    option = "disk"  # that a user named it by
 
     def __init__(self, path: str, *, readonly: bool = False, direct: bool = False) -> None:
         self.path = path
@@ -59,7 +61,7 @@ class DiskFile:
             raise
 
     def _refuse(self, why: str) -> ConfigError:
-        return ConfigError("disk", f"{self.path}: {why}")
+        return ConfigError(self.option, f"{self.path}: {why}")
 
     # -- opening ------------------------------------------------------------------------------------------------
 
@@ -76,11 +78,11 @@ class DiskFile:
         except (OSError, ValueError) as error:
             raise self._refuse(self._why(error)) from None
         self._lock()
-        size = os.lseek(self.fd, 0, os.SEEK_END)
+        self.length = size = os.lseek(self.fd, 0, os.SEEK_END)
         self.size = size // SECTOR * SECTOR
         if not self.size:
             raise self._refuse(f"{size} bytes hold no sector: make an image first, say by truncate -s 1G FILE")
-        if size % SECTOR:
+        if size % SECTOR and self.option == "disk":
             log.warning("disk does not end at a sector: the guest does not see its last bytes", disk=self.path)
         status = os.fstat(self.fd)
         self.physical = max(SECTOR, status.st_blksize) if not self.is_block else self._block_device_unit()
@@ -90,9 +92,9 @@ class DiskFile:
     def _why(self, error: Exception) -> str:
         code = getattr(error, "errno", 0)
         if code == errno.EBUSY:
-            return "in use: mounted, or the disk of another machine"
+            return f"in use: mounted, or the {self.option} of another machine"
         if code in (errno.EACCES, errno.EROFS) and not self.readonly:
-            return f"{os.strerror(code)}; add ,ro for a disk that is only read"
+            return f"{os.strerror(code)}; add ,ro for a {self.option} that is only read"
         return os.strerror(code) if code else str(error)
 
     def _check_kind(self, mode: int) -> None:
@@ -103,7 +105,7 @@ class DiskFile:
             (stat.S_ISSOCK, "a socket"),
         ):
             if test(mode):
-                raise self._refuse(f"{name} is no disk: give a raw image file or a block device")
+                raise self._refuse(f"{name} is no {self.option}: give a raw image file or a block device")
 
     def _block_device_unit(self) -> int:
         unit = fcntl.ioctl(self.fd, lib.BLKPBSZGET, bytes(4))

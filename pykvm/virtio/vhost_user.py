@@ -180,13 +180,13 @@ class VhostUser(VirtioDevice):
 
     def _send_memory(self, connection: Connection) -> None:
         """Every slot that the guest may write; rings and buffers elsewhere are the back end's to refuse."""
-        slots = [slot for slot in self.memory.slots if slot.fd >= 0 and not slot.readonly]
+        slots = [slot for slot in self.memory.slots if slot.shared_fd >= 0 and not slot.readonly]
         if len(slots) > msg.MAX_REGIONS:
             raise BackendError(f"the machine has {len(slots)} memory slots, the protocol {msg.MAX_REGIONS}")
         table = msg.MEM_TABLE.pack(len(slots), 0)
         for slot in slots:
             table += msg.MEM_REGION.pack(slot.gpa, slot.size, slot.hva, slot.fd_offset)
-        connection.send(msg.SET_MEM_TABLE, table, [slot.fd for slot in slots])
+        connection.send(msg.SET_MEM_TABLE, table, [slot.shared_fd for slot in slots])
 
     def _unfinished(self, queue: Virtqueue) -> int:
         """Where the available ring's unfinished requests start, for a back end that takes over (2.7.6, 2.7.8).
@@ -222,7 +222,7 @@ class VhostUser(VirtioDevice):
     def _hva(self, gpa: int) -> int:
         """Rings go by the front end's addresses. The queue's own checks have found the ring to be in one slot."""
         slot = self.memory.slot_at(gpa)
-        if slot is None or slot.fd < 0 or slot.readonly:
+        if slot is None or slot.shared_fd < 0 or slot.readonly:
             raise BackendError(str(GuestAddressError(gpa, 1, "is no memory that is shared with a back end")))
         return slot.hva + gpa - slot.gpa
 

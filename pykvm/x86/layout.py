@@ -15,6 +15,7 @@ Guest physical map:
     0xfeff_c000  KVM's identity map page, then 3 pages of its TSS (VMX without unrestricted guest)
     4 GiB - n    firmware
     0x1_0000_0000  the rest of RAM
+    ...            memory that devices bring along, each at a multiple of 1 GiB; not in the e820 map, as with QEMU
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ BIOS_AREA_END = 0x100000
 # -- RAM above and below the hole ------------------------------------------------------------------------------
 PCI_HOLE = 0xC000_0000  # 3 GiB: as QEMU's q35 with more than 2.75 GiB; leaves 1 GiB for MMIO
 HIGH_RAM = 0x1_0000_0000
+DEVICE_MEMORY_ALIGN = GIB  # no two share a section of Linux's (128 MiB), nor one with RAM; good for large pages, too
 
 # -- MMIO ------------------------------------------------------------------------------------------------------
 VIRTIO_MMIO_BASE = 0xD000_0000

@@ -22,6 +22,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "pykvm.core.actions",
         "pykvm.core.console",
         "pykvm.core.device",
+        "pykvm.core.filememory",
         "pykvm.core.iothread",
         "pykvm.core.irq",
         "pykvm.core.memory",
