@@ -21,7 +21,7 @@ from pykvm.virtio.vsock import Vsock
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SECONDS = 60  # for one step; the lab's CPU is emulated and may share its machine
+SECONDS = 150  # for one command; the lab's CPU is emulated and may share its machine
 MIB = 1 << 20
 MODULES = ("virtio_mmio", "virtio_console", "virtio_rng", "virtio_balloon", "vmw_vsock_virtio_transport")
 # ramfs takes all memory, tmpfs half of it
