@@ -13,9 +13,8 @@
 
 enum { BLK_ID = 2, BLK_IN = 0, BLK_OUT = 1, BLK_FLUSH = 4, SECTOR = 512 };
 #define BLK_F_FLUSH (1ull << 9)
-enum { MAX_DEPTH = VIRTQ_SIZE / 3, MAX_BYTES = 1 << 20, VECTOR = 0x50 };
+enum { MAX_DEPTH = VIRTQ_SIZE / 3, MAX_BYTES = 1 << 20 };
 enum {
-    LAPIC_EOI = 0xb0,
     LAPIC_SVR = 0xf0,
     LAPIC_LVT_TIMER = 0x320,
     LAPIC_INITIAL = 0x380,
@@ -41,14 +40,6 @@ static uintptr_t base;
 static uint64_t capacity, count, seed, probe_sector; /* capacity in sectors */
 static uint32_t depth, bytes, type;
 static bool by_interrupt, retry;
-static volatile uint32_t interrupts;
-
-__attribute__((interrupt)) static void on_interrupt(struct frame *frame) {
-    (void)frame;
-    virtio_write(base, VIRTIO_MMIO_INTERRUPT_ACK, virtio_read(base, VIRTIO_MMIO_INTERRUPT_STATUS));
-    interrupts++;
-    lapic_write(LAPIC_EOI, 0);
-}
 
 static uint8_t *buffer(unsigned slot) { return buffers + (size_t)slot * MAX_BYTES; }
 
@@ -69,20 +60,8 @@ static void submit(unsigned slot, uint32_t kind, uint64_t sector, uint32_t lengt
 }
 
 static unsigned wait_done(void) {
-    int head;
-    if (!by_interrupt)
-        queue.avail.used_event = (uint16_t)(queue.used_idx - 1); /* long ago: no interrupt */
-    while ((head = virtq_done(&queue)) < 0) {
-        if (!by_interrupt) {
-            __asm__ volatile("pause");
-            continue;
-        }
-        queue.avail.used_event = queue.used_idx;
-        __asm__ volatile("lock orl $0, (%%rsp)" ::: "memory");
-        if (*(volatile uint16_t *)&queue.used.idx == queue.used_idx)
-            sti_hlt_cli();
-    }
-    return (unsigned)head / 3;
+    virtq_wait(&queue, by_interrupt);
+    return (unsigned)virtq_done(&queue) / 3;
 }
 
 static void must(bool good, const char *what, uint64_t value) {
@@ -165,8 +144,9 @@ static void check(void) {
         transfer(BLK_IN, n * step, bytes);
         must(is_filled(n * 1000003), "block", n);
     }
-    print("blk: %lu blocks of %u bytes, %s, ok\n", count, bytes, interrupts ? "by interrupt" : "polled");
-    debug_exit(by_interrupt && !interrupts);
+    print("blk: %lu blocks of %u bytes, %s, ok\n", count, bytes,
+          virtio_interrupts ? "by interrupt" : "polled");
+    debug_exit(by_interrupt && !virtio_interrupts);
 }
 
 static void write_log(void) {
@@ -195,11 +175,8 @@ static bool set_up(uint64_t gsi) {
     capacity = virtio_read(base, VIRTIO_MMIO_CONFIG) | (uint64_t)virtio_read(base, VIRTIO_MMIO_CONFIG + 4)
                                                            << 32;
     virtio_driver_ok(base);
-    if (by_interrupt) {
-        set_gate(VECTOR, on_interrupt);
-        pic_init(0); /* it enables the local APIC */
-        ioapic_route((unsigned)gsi, VECTOR);
-    }
+    if (by_interrupt)
+        virtio_take_interrupts(base, (unsigned)gsi);
     return true;
 }
 
@@ -231,7 +208,5 @@ int main(uint32_t magic, uintptr_t info) {
                          : option_is(cmdline, "mode", "log")   ? write_log
                          : option_is(cmdline, "mode", "probe") ? probe
                                                                : bench;
-    if (by_interrupt)
-        mode(); /* HLT is for ring 0 */
-    enter_user(mode);
+    virtio_run(mode, by_interrupt);
 }

@@ -8,23 +8,13 @@
  */
 #include "virtio.h"
 
-enum { CONSOLE_ID = 3, RX = 0, TX = 1, BUFFERS = 8, BUFFER = 256, VECTOR = 0x50, LAPIC_EOI = 0xb0 };
+enum { CONSOLE_ID = 3, RX = 0, TX = 1, BUFFERS = 8, BUFFER = 256 };
 enum { CONFIG_CHANGED = 2 };
 #define CONSOLE_F_SIZE (1ull << 0)
 
 static struct virtq rx, tx;
 static uint8_t input[BUFFERS][BUFFER], output[BUFFER];
 static uintptr_t base;
-static volatile bool resized;
-
-__attribute__((interrupt)) static void on_interrupt(struct frame *frame) {
-    (void)frame;
-    uint32_t status = virtio_read(base, VIRTIO_MMIO_INTERRUPT_STATUS);
-    virtio_write(base, VIRTIO_MMIO_INTERRUPT_ACK, status);
-    if (status & CONFIG_CHANGED)
-        resized = true;
-    lapic_write(LAPIC_EOI, 0);
-}
 
 static void write_out(uint32_t length) {
     tx.desc[0] = (struct virtq_desc){(uintptr_t)output, length, 0, 0};
@@ -48,7 +38,7 @@ static uint32_t put_number(uint32_t at, uint32_t value) {
 }
 
 static void say_size(void) {
-    resized = false;
+    virtio_causes = 0;
     uint32_t size = virtio_read(base, VIRTIO_MMIO_CONFIG), at = put_text(0, "hvc: ");
     at = put_text(put_number(at, size & 0xffff), " columns, ");
     write_out(put_text(put_number(at, size >> 16), " rows\n"));
@@ -90,9 +80,7 @@ int main(uint32_t magic, uintptr_t info) {
         print("hvc: no console at 0x%lx\n", base);
         return 1;
     }
-    set_gate(VECTOR, on_interrupt);
-    pic_init(0); /* it enables the local APIC */
-    ioapic_route((unsigned)option_number(cmdline, "gsi", 16), VECTOR);
+    virtio_take_interrupts(base, (unsigned)option_number(cmdline, "gsi", 16));
     virtio_driver_ok(base);
     flood(option_number(cmdline, "flood", 0));
     write_out(put_text(0, "hvc: ready\n"));
@@ -102,9 +90,9 @@ int main(uint32_t magic, uintptr_t info) {
     for (;;) {
         int slot = virtq_done(&rx);
         if (slot < 0) {
-            if (!resized)
+            if (!(virtio_causes & CONFIG_CHANGED))
                 sti_hlt_cli();
-            if (resized)
+            if (virtio_causes & CONFIG_CHANGED)
                 say_size();
             continue;
         }

@@ -11,16 +11,7 @@
  */
 #include "virtio.h"
 
-enum {
-    NET_ID = 1,
-    RX = 0,
-    TX = 1,
-    HEADER = 12,
-    BUFFER = 2048,
-    LARGEST = 16384,
-    VECTOR = 0x50,
-    LAPIC_EOI = 0xb0
-};
+enum { NET_ID = 1, RX = 0, TX = 1, HEADER = 12, BUFFER = 2048, LARGEST = 16384 };
 #define NET_F_MTU (1ull << 3)
 #define NET_F_MAC (1ull << 5)
 #define NET_F_MRG_RXBUF (1ull << 15)
@@ -42,15 +33,7 @@ static uintptr_t base;
 static uint64_t count, to;
 static uint32_t depth, bytes;
 static bool by_interrupt;
-static volatile uint32_t interrupts;
 static uint8_t mac[6];
-
-__attribute__((interrupt)) static void on_interrupt(struct frame *frame) {
-    (void)frame;
-    virtio_write(base, VIRTIO_MMIO_INTERRUPT_ACK, virtio_read(base, VIRTIO_MMIO_INTERRUPT_STATUS));
-    interrupts++;
-    lapic_write(LAPIC_EOI, 0);
-}
 
 static void must(bool good, const char *what, uint64_t value) {
     if (good)
@@ -68,18 +51,7 @@ static void wait_rx(void) {
     /* A frame may be there, and its interrupt with it: an exit makes KVM look, where it interprets ring 0. */
     if (by_interrupt)
         __asm__ volatile("sti; outb %%al, $0x80; nop; cli" ::: "memory");
-    while (*(volatile uint16_t *)&rx.used.idx == rx.used_idx) {
-        if (!by_interrupt) {
-            __asm__ volatile("pause");
-            continue;
-        }
-        rx.avail.used_event = rx.used_idx;
-        __asm__ volatile("lock orl $0, (%%rsp)" ::: "memory");
-        if (*(volatile uint16_t *)&rx.used.idx == rx.used_idx)
-            sti_hlt_cli();
-    }
-    if (!by_interrupt)
-        rx.avail.used_event = (uint16_t)(rx.used_idx - 1); /* long ago: no interrupt */
+    virtq_wait(&rx, by_interrupt);
 }
 
 /* The next frame, of one buffer or several, put together in `frame` without its header: its length. Its
@@ -113,11 +85,8 @@ static void send(unsigned slot, uint32_t length) {
 }
 
 static unsigned wait_sent(void) {
-    int slot;
-    while ((slot = virtq_done(&tx)) < 0)
-        __asm__ volatile("pause");
-    tx.avail.used_event = (uint16_t)(tx.used_idx - 1);
-    return (unsigned)slot;
+    virtq_wait(&tx, false);
+    return (unsigned)virtq_done(&tx);
 }
 
 /* A frame of each slot, all alike: to the host, from here. */
@@ -219,9 +188,10 @@ static void echo(void) {
         virtq_kick(&tx);
         wait_sent();
     }
-    while (by_interrupt && !interrupts) /* they come after frames that were seen first */
+    while (by_interrupt && !virtio_interrupts) /* they come after frames that were seen first */
         sti_hlt_cli();
-    print("net: %lu frames of %lu bytes, %s, ok\n", count, total, interrupts ? "by interrupt" : "polled");
+    print("net: %lu frames of %lu bytes, %s, ok\n", count, total,
+          virtio_interrupts ? "by interrupt" : "polled");
     debug_exit(0);
 }
 
@@ -241,11 +211,8 @@ static bool set_up(uint64_t gsi) {
     virtio_driver_ok(base);
     for (unsigned slot = 0; slot < VIRTQ_SIZE; slot++)
         offer_rx(slot);
-    if (by_interrupt) {
-        set_gate(VECTOR, on_interrupt);
-        pic_init(0); /* it enables the local APIC */
-        ioapic_route((unsigned)gsi, VECTOR);
-    }
+    if (by_interrupt)
+        virtio_take_interrupts(base, (unsigned)gsi);
     virtq_kick(&rx);
     return true;
 }
@@ -270,7 +237,5 @@ int main(uint32_t magic, uintptr_t info) {
     void (*mode)(void) = option_is(cmdline, "mode", "send")   ? send_all
                          : option_is(cmdline, "mode", "ping") ? ping
                                                               : echo;
-    if (by_interrupt)
-        mode(); /* HLT is for ring 0 */
-    enter_user(mode);
+    virtio_run(mode, by_interrupt);
 }

@@ -40,8 +40,8 @@ static uint32_t ask(uint32_t type) {
     queue.desc[1] = (struct virtq_desc){(uintptr_t)&request.result, sizeof request.result, VIRTQ_WRITE, 0};
     virtq_offer(&queue, 0);
     virtq_kick(&queue);
-    while (virtq_done(&queue) < 0)
-        __asm__ volatile("pause");
+    virtq_wait(&queue, false);
+    virtq_done(&queue);
     return request.result;
 }
 
@@ -104,7 +104,5 @@ int main(uint32_t magic, uintptr_t info) {
     print("pmem: %lu KiB at %lx\n", size >> 10, start);
     pages = size / PAGE_SIZE;
     map(size);
-    if (option_number(cmdline, "ring", 3) == 0)
-        serve();
-    enter_user(serve);
+    virtio_run(serve, option_number(cmdline, "ring", 3) == 0);
 }

@@ -1,6 +1,16 @@
 #include "virtio.h"
 
-enum { MAGIC = 0x74726976, IOAPIC = 0xfec00000, IOAPIC_WINDOW = 0x10, IOAPIC_TABLE = 0x10 };
+enum {
+    MAGIC = 0x74726976,
+    IOAPIC = 0xfec00000,
+    IOAPIC_WINDOW = 0x10,
+    IOAPIC_TABLE = 0x10,
+    LAPIC_EOI = 0xb0,
+    VECTOR = 0x50
+};
+
+volatile uint32_t virtio_interrupts, virtio_causes;
+static uintptr_t interrupting;
 
 static uint64_t offered(uintptr_t base) {
     virtio_write(base, VIRTIO_MMIO_DEVICE_FEATURES_SEL, 1);
@@ -65,10 +75,49 @@ void virtq_kick(struct virtq *queue) {
         virtio_write(queue->base, VIRTIO_MMIO_QUEUE_NOTIFY, queue->index);
 }
 
-void ioapic_route(unsigned gsi, uint8_t vector) {
+void virtq_wait(struct virtq *queue, bool by_interrupt) {
+    volatile uint16_t *idx = &queue->used.idx;
+    if (!by_interrupt)
+        queue->avail.used_event = (uint16_t)(queue->used_idx - 1); /* long ago: no interrupt */
+    while (*idx == queue->used_idx) {
+        if (!by_interrupt) {
+            __asm__ volatile("pause");
+            continue;
+        }
+        queue->avail.used_event = queue->used_idx;
+        __asm__ volatile("lock orl $0, (%%rsp)" ::: "memory");
+        if (*idx == queue->used_idx)
+            sti_hlt_cli();
+    }
+}
+
+__attribute__((interrupt)) static void on_interrupt(struct frame *frame) {
+    (void)frame;
+    uint32_t status = virtio_read(interrupting, VIRTIO_MMIO_INTERRUPT_STATUS);
+    virtio_write(interrupting, VIRTIO_MMIO_INTERRUPT_ACK, status);
+    virtio_causes |= status;
+    virtio_interrupts++;
+    lapic_write(LAPIC_EOI, 0);
+}
+
+static void ioapic_route(unsigned gsi, uint8_t vector) {
     volatile uint32_t *ioapic = (volatile uint32_t *)(uintptr_t)IOAPIC;
     ioapic[0] = IOAPIC_TABLE + 2 * gsi + 1;
     ioapic[IOAPIC_WINDOW / 4] = 0; /* local APIC 0 */
     ioapic[0] = IOAPIC_TABLE + 2 * gsi;
     ioapic[IOAPIC_WINDOW / 4] = vector; /* fixed, edge, not masked */
+}
+
+void virtio_take_interrupts(uintptr_t base, unsigned gsi) {
+    interrupting = base;
+    set_gate(VECTOR, on_interrupt);
+    pic_init(0); /* it enables the local APIC */
+    ioapic_route(gsi, VECTOR);
+}
+
+_Noreturn void virtio_run(void (*mode)(void), bool by_interrupt) {
+    if (!by_interrupt)
+        enter_user(mode);
+    mode();
+    halt();
 }

@@ -85,6 +85,16 @@ static inline int virtq_done(struct virtq *queue) {
     __asm__ volatile("" ::: "memory");
     return (int)queue->used.ring[queue->used_idx++ % VIRTQ_SIZE].id;
 }
-/* Interrupts by the IOAPIC's pin `gsi`, edge-triggered, to `vector`. */
-void ioapic_route(unsigned gsi, uint8_t vector);
+/* Waits until the device has finished a chain: asleep if `by_interrupt` (in ring 0, interrupts off), else
+ * awake.
+ */
+void virtq_wait(struct virtq *queue, bool by_interrupt);
+
+/* Takes the device's interrupts from the IOAPIC's pin `gsi` on, edge-triggered: they are counted, and what
+ * they were for (InterruptStatus) is collected. */
+void virtio_take_interrupts(uintptr_t base, unsigned gsi);
+extern volatile uint32_t virtio_interrupts, virtio_causes;
+
+/* Runs `mode`, which does not return: in ring 3, or if `by_interrupt` in ring 0, which HLT is for. */
+_Noreturn void virtio_run(void (*mode)(void), bool by_interrupt);
 #endif
