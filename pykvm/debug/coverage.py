@@ -7,8 +7,9 @@ the physical addresses of the ELF file's segments, so that a kernel which sets u
 from __future__ import annotations
 
 from pykvm.debug.blocks import Block, Code, find_blocks
-from pykvm.debug.covexport import drcov, lcov, write_whole
+from pykvm.debug.covexport import drcov, lcov
 from pykvm.debug.symbols import Symbols
+from pykvm.debug.wholefile import whole_file
 from pykvm.errors import ConfigError, DebugUnsupported, GuestAddressError
 
 TYPE_CHECKING = False
@@ -108,11 +109,15 @@ class Coverage:
 
     def write_lcov(self, path: str | os.PathLike[str]) -> None:
         """Lines and functions in lcov's tracefile format, for genhtml. Needs DWARF (gcc -g): ConfigError without."""
-        write_whole(path, lcov(self).encode())
+        self._write(path, lcov(self).encode())
 
     def write_drcov(self, path: str | os.PathLike[str]) -> None:
         """Blocks in DynamoRIO's drcov format, for lighthouse, Binary Ninja, Ghidra."""
-        write_whole(path, drcov(self))
+        self._write(path, drcov(self))
+
+    def _write(self, path: str | os.PathLike[str], data: bytes) -> None:
+        with whole_file(path, text=False) as file:
+            file.write(data)
 
     def check_lines(self) -> None:
         """Raises ConfigError where the file has no line numbers, which lcov needs."""

@@ -8,32 +8,12 @@ from __future__ import annotations
 import os
 import struct
 
-from pykvm.errors import ConfigError
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pykvm.debug.coverage import Coverage
 
 BLOCK = struct.Struct("<IHH")  # offset from the module's base, size, module
 MAX_SIZE = 0xFFFF
-
-
-def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file whole or not at all. Raises ConfigError."""
-    name = os.fspath(path)
-    beside = f"{name}.{os.getpid()}.part"
-    try:
-        try:
-            with open(beside, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, name)
-        finally:
-            if os.path.lexists(beside):
-                os.unlink(beside)
-    except OSError as error:
-        raise ConfigError("coverage", f"cannot write {name}: {error.strerror}") from error
 
 
 def drcov(coverage: Coverage) -> bytes:

@@ -11,15 +11,19 @@ from pykvm.errors import UsageError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from typing import IO
+    from typing import IO, Any
 
 
 @contextmanager
-def whole_file(path: str) -> Iterator[IO[str]]:
-    """A text file beside `path` that takes its place at the end of the block, unless that raises. Raises UsageError."""
+def whole_file(path: str | os.PathLike[str], *, text: bool = True) -> Iterator[IO[Any]]:
+    """A file (UTF-8, or bytes) beside `path` that takes its place at the end of the block, unless that raises.
+
+    Raises UsageError.
+    """
     folder = os.path.dirname(os.path.abspath(path))
+    mode, encoding = ("w", "utf-8") if text else ("wb", None)
     try:
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".pykvm-", delete=False, encoding="utf-8") as file:
+        with tempfile.NamedTemporaryFile(mode, dir=folder, prefix=".pykvm-", delete=False, encoding=encoding) as file:
             try:
                 yield file
                 file.flush()
