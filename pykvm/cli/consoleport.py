@@ -10,8 +10,8 @@ import os
 import select
 import stat
 
-from pykvm.cli.serialport import SerialPort, escape_keys
-from pykvm.cli.terminal import CHUNK, POLL_MS, Input, say
+from pykvm.cli.serialport import SerialPort, escape_keys, make_pty
+from pykvm.cli.terminal import CHUNK, POLL_MS, Input
 from pykvm.errors import UsageError
 from pykvm.virtio.console import Console, ConsolePort
 
@@ -237,14 +237,7 @@ def _follow_size(pc: Pc, port: ConsolePort, end: SerialPort) -> None:
 
 
 def _open_pty(pc: Pc, port: ConsolePort, end: SerialPort) -> None:
-    import tty
-
-    ours, theirs = os.openpty()
-    tty.setraw(theirs)  # until a terminal program sets it up: no echo of the guest's output back to it
-    end.add(lambda: os.close(ours))
-    end.add(lambda: os.close(theirs))  # kept open, so that closing the terminal program is no end of file
-    say(f"{port.name or 'virtio console'} is {os.ttyname(theirs)}")
-    os.set_blocking(ours, False)
+    ours = make_pty(end, port.name or "virtio console")
     _connect_output(pc, port, end, ours, lossy=True)
     _connect_input(pc, port, end, ours, None)
 

@@ -94,15 +94,21 @@ def _show(text: str) -> None:
     os.write(1, text.encode())
 
 
-def _open_pty(pc: Pc, index: int, port: SerialPort) -> None:
+def make_pty(end: SerialPort, name: str) -> int:
+    """A pseudo-terminal, open until `end` is closed: our side, non-blocking. The user is told where `name` is."""
     import tty
 
     ours, theirs = os.openpty()
     tty.setraw(theirs)  # until a terminal program sets it up: no echo of the guest's output back to it
-    port.add(lambda: os.close(ours))
-    port.add(lambda: os.close(theirs))  # kept open, so that closing the terminal program is no end of file
-    say(f"COM{index + 1} is {os.ttyname(theirs)}")
+    end.add(lambda: os.close(ours))
+    end.add(lambda: os.close(theirs))  # kept open, so that closing the terminal program is no end of file
+    say(f"{name} is {os.ttyname(theirs)}")
     os.set_blocking(ours, False)
+    return ours
+
+
+def _open_pty(pc: Pc, index: int, port: SerialPort) -> None:
+    ours = make_pty(port, f"COM{index + 1}")
     _connect(pc, index, port, ours, None, escape=False)
     pc.connect_serial(index, _Lossy(ours).write)
 
