@@ -156,7 +156,7 @@ static int serve_next(struct pk_blk_queue *queue, uint64_t *bytes) {
 static int more(struct pk_blk_queue *queue) {
     pk_blk_submit(queue->disk);
     pk_blk_interrupt(queue); /* before asking for more: the driver has something to do meanwhile */
-    if (!queue->disk->in_flight && pk_queue_poll(queue->queue, &queue->poll) == PK_GOT)
+    if (pk_blk_watch(queue) == PK_GOT)
         return PK_GOT;
     return pk_queue_want_notification(queue->queue);
 }

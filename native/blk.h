@@ -54,6 +54,7 @@ struct pk_blk_queue {
     struct pk_blk *disk;
     struct pk_virtqueue *queue;
     struct pk_poll poll;
+    int kick; /* the eventfd of its notifications */
 };
 
 void pk_blk_init(struct pk_blk *disk);
@@ -99,6 +100,8 @@ void pk_blk_submit(struct pk_blk *disk);
 /* Answers a request that was done, without an interrupt. */
 void pk_blk_answer(struct pk_blk_queue *queue, struct pk_chain *chain, uint32_t type, uint64_t room);
 void pk_blk_interrupt(struct pk_blk_queue *queue);
+/* Watches the queue for more, and the ring for ends: as pk_queue_poll. */
+int pk_blk_watch(struct pk_blk_queue *queue);
 
 /* fallocate(2): 0 or -errno. */
 int pk_fallocate(int fd, int mode, int64_t offset, int64_t length);

@@ -71,13 +71,17 @@ int pk_blk_begin(struct pk_blk_queue *queue, const struct pk_chain *chain, const
     return 0;
 }
 
-static void fail(struct pk_blk *disk, struct pk_blk_io *io, int error) {
+static void write_one(int eventfd) {
     const uint64_t one = 1;
+    if (write(eventfd, &one, sizeof(one)) < 0)
+        return; /* it counts already */
+}
+
+static void fail(struct pk_blk *disk, struct pk_blk_io *io, int error) {
     io->error = error;
     io->next = disk->failed;
     disk->failed = io;
-    if (write(disk->ended, &one, sizeof(one)) < 0)
-        return; /* it counts already */
+    write_one(disk->ended);
 }
 
 /* `result` as preadv, pwritev and fdatasync have it, or -errno. Of a device that stopped nobody hears more.
@@ -93,7 +97,8 @@ static void finish(struct pk_blk *disk, struct pk_blk_io *io, int32_t result) {
     free(io);
 }
 
-void pk_blk_complete(struct pk_blk *disk) {
+/* The queue of the last request that was answered, or NULL. */
+static struct pk_blk_queue *complete(struct pk_blk *disk) {
     struct pk_blk_queue *answered = NULL;
     uint64_t data;
     int32_t result;
@@ -108,6 +113,16 @@ void pk_blk_complete(struct pk_blk *disk) {
     }
     if (answered)
         pk_blk_interrupt(answered);
+    return answered;
+}
+
+void pk_blk_complete(struct pk_blk *disk) { complete(disk); }
+
+int pk_blk_watch(struct pk_blk_queue *queue) {
+    const struct pk_uring *ring = &queue->disk->ring;
+    if (!queue->disk->in_flight)
+        return pk_queue_poll(queue->queue, &queue->poll, NULL, 0);
+    return pk_queue_poll(queue->queue, &queue->poll, ring->cq_tail, *ring->cq_head);
 }
 
 /* Submits; what the host does not take, for want of memory, say, is for Python to do. */
@@ -176,7 +191,12 @@ static int ended(struct pk_handler *handler, int fd) {
     if (read(fd, &count, sizeof(count)) != sizeof(count))
         return 0;
     pk_mutex_lock(disk->lock);
-    pk_blk_complete(disk);
+    struct pk_blk_queue *answered = complete(disk);
+    if (answered) { /* its driver has something to do, and may soon ask for more */
+        pk_queue_woken(&answered->poll);
+        if (pk_blk_serve(answered) != PK_BLK_DONE)
+            write_one(answered->kick);
+    }
     int python = disk->failed != NULL;
     pk_mutex_unlock(disk->lock);
     return python;

@@ -114,7 +114,7 @@ static int watch_sending(struct pk_net *net) {
     int found = PK_EMPTY;
     for (uint32_t done = 0; found == PK_EMPTY && (!done || done < whole); done += SLICE_NS) {
         poll->now_ns = whole < SLICE_NS ? whole : SLICE_NS;
-        found = pk_queue_poll(net->tx, poll);
+        found = pk_queue_poll(net->tx, poll, NULL, 0);
         since = since ? since : poll->idle_since;
         if (found == PK_EMPTY && whole)
             look_for_answers(net);

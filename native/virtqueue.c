@@ -154,7 +154,8 @@ static uint64_t now(void) {
     return (uint64_t)time.tv_sec * NS_PER_S + (uint64_t)time.tv_nsec;
 }
 
-int pk_queue_poll(const struct pk_virtqueue *queue, struct pk_poll *poll) {
+int pk_queue_poll(const struct pk_virtqueue *queue, struct pk_poll *poll, const unsigned *other,
+                  unsigned known) {
     if (!poll->max_ns)
         return PK_EMPTY;
     poll->idle_since = now();
@@ -162,6 +163,8 @@ int pk_queue_poll(const struct pk_virtqueue *queue, struct pk_poll *poll) {
     while (poll->now_ns && now() < end)
         for (int i = 0; i < LOOKS; i++) {
             if (load(&queue->avail[AVAIL_IDX]) != queue->next_avail)
+                return PK_GOT;
+            if (other && __atomic_load_n(other, __ATOMIC_RELAXED) != known)
                 return PK_GOT;
             __builtin_ia32_pause();
         }

@@ -62,9 +62,13 @@ struct pk_poll {
     uint32_t max_ns, now_ns; /* 0: never; how long at present */
     uint64_t idle_since; /* CLOCK_MONOTONIC when the queue was left empty and watching began; 0: not yet */
 };
-/* Watches: PK_GOT when the driver added a chain, else PK_EMPTY. Busy for at most max_ns. */
-int pk_queue_poll(const struct pk_virtqueue *queue, struct pk_poll *poll);
-/* The driver's notification woke the caller: adapts to how long that took. */
+/*
+ * Watches: PK_GOT when the driver added a chain or `*other` (may be NULL) is not `known` any more, else
+ * PK_EMPTY. Busy for at most max_ns.
+ */
+int pk_queue_poll(const struct pk_virtqueue *queue, struct pk_poll *poll, const unsigned *other,
+                  unsigned known);
+/* A notification woke the caller: adapts to how long that took. */
 void pk_queue_woken(struct pk_poll *poll);
 
 /* Marks the first `length` bytes of the chain's writable buffers as written. Call it before the push. */

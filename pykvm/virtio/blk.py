@@ -164,7 +164,7 @@ class Disk(VirtioDevice):
         self.io.add_handler(plane.ended, ffi.addressof(plane, "handler"))
         for queue, kick in zip(self.queues, transport.kicks, strict=True):
             assert isinstance(queue, NativeQueue)
-            entry = ffi.new("struct pk_blk_queue *", {"disk": plane, "queue": queue.state})
+            entry = ffi.new("struct pk_blk_queue *", {"disk": plane, "queue": queue.state, "kick": kick})
             lib.pk_blk_queue_init(entry)
             entry.poll.max_ns = POLL_NS if len(os.sched_getaffinity(0)) > 1 else 0
             self._plane_queues.append(entry)
