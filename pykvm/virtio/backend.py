@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 STOP_S, MOMENT_S = 2.0, 0.2
-LAST_WORDS = 300  # characters
+LAST_LINES, LAST_WORDS = 3, 300  # of what a back end said: lines, characters
 
 
 class BackendSource:
@@ -51,6 +51,12 @@ class BackendSource:
     def last_words(self) -> str:
         """How the back end ended and what it said about that; "" if that is not known."""
         return ""
+
+    voice = -1  # a descriptor that can be read when the back end has something to say; -1: none
+
+    def listen(self) -> list[str] | None:
+        """The lines that it has said since the last call; None: it will say no more."""
+        return None
 
     def stop(self) -> None:
         """The connection was closed: end what is behind it. Idempotent."""
@@ -81,7 +87,7 @@ class ProcessBackend(BackendSource):
         self._command = command
         self._confinement = ("readonly" if readonly else "", root_at)
         self.process: subprocess.Popen[bytes] | None = None
-        self._said = -1
+        self._heard: list[str] = []  # the last lines of this process
         self._end = ""
 
     def connect(self) -> socket.socket:
@@ -97,8 +103,9 @@ class ProcessBackend(BackendSource):
         return ours
 
     def _start(self, fd: int) -> None:
-        self._said, said_end = os.pipe()
-        os.set_blocking(self._said, False)
+        self._heard = []
+        self.voice, said_end = os.pipe()
+        os.set_blocking(self.voice, False)
         os.set_blocking(said_end, False)  # what nobody reads must not hold it up
         package = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
         words = [sys.executable, "-P", "-c", LAUNCH, package, *self._confinement, *self._command(fd)]
@@ -123,16 +130,21 @@ class ProcessBackend(BackendSource):
         except subprocess.TimeoutExpired:
             return ""
         how = f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
-        said = self._output()
+        self.listen()
+        said = "; ".join(self._heard)[-LAST_WORDS:]
         return f"{self.name} {how}" + (f" ({said})" if said else "")
 
-    def _output(self) -> str:
+    def listen(self) -> list[str] | None:
+        """What it printed. A line that comes in pieces is several."""
         try:
-            text = os.read(self._said, 65536).decode(errors="replace")
-        except (BlockingIOError, OSError):
-            return ""
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return "; ".join(lines[-3:])[-LAST_WORDS:]
+            data = os.read(self.voice, 65536)
+        except BlockingIOError:
+            return []
+        except OSError:
+            return None
+        lines = [line.strip() for line in data.decode(errors="replace").splitlines() if line.strip()]
+        self._heard = [*self._heard, *lines][-LAST_LINES:]
+        return lines if data else None
 
     def stop(self) -> None:
         """End the process: the connection is closed; if that does not do it, the kernel does."""
@@ -143,8 +155,8 @@ class ProcessBackend(BackendSource):
         if process.returncode is None:
             _kill_group(process)
         self.process = None
-        os.close(self._said)
-        self._said = -1
+        os.close(self.voice)
+        self.voice = -1
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

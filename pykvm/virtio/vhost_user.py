@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 VERSION_1 = 1 << lib.VIRTIO_F_VERSION_1
 DEVICE_BITS = (1 << 24) - 1  # virtio 1.2, 2.2: bits 0 to 23 are the device type's
 RING_BITS = VERSION_1 | 1 << lib.VIRTIO_RING_F_INDIRECT_DESC | 1 << lib.VIRTIO_RING_F_EVENT_IDX
+LOGGED_WORDS, WORD_LENGTH = 10, 300  # lines of one back end that are passed on, and the characters of each
 RESTARTS, RESTART_WINDOW_S = 3, 60.0  # more deaths than that in that time are a back end that does not work
 
 
@@ -51,6 +52,7 @@ class VhostUser(VirtioDevice):
         self._agreed = 0
         self._driver_features = 0
         self._deaths: list[float] = []
+        self._words = 0
         self._connection: Connection | None = None
         self._error_event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
@@ -102,6 +104,19 @@ class VhostUser(VirtioDevice):
     def _watch(self) -> None:
         if self._connection is not None:
             self.io.add_reader(self._connection.fileno(), self._on_readable)
+            if self.source.voice >= 0:
+                self.io.add_reader(self.source.voice, self._on_words)
+
+    def _on_words(self) -> None:
+        """Pass on what the back end says while it works, say of a damaged image: it is not for the guest to know."""
+        with self.transport.lock:
+            lines = self.source.listen() if self.source.voice >= 0 else []
+            if lines is None:
+                self.io.remove_reader(self.source.voice)
+        for line in lines or ():
+            self._words += 1
+            if self._words <= LOGGED_WORDS:  # it may be the guest that makes it talk
+                log.warning("vhost-user back end", device=self.name, says=line[:WORD_LENGTH])
 
     def _on_readable(self) -> None:
         with self.transport.lock:  # whoever waits for a reply holds it: what is there now was not asked for
@@ -149,6 +164,8 @@ class VhostUser(VirtioDevice):
         if connection is not None:
             if hasattr(self, "io"):
                 self.io.remove_reader(connection.fileno())
+                if self.source.voice >= 0:
+                    self.io.remove_reader(self.source.voice)
             connection.close()
         self.source.stop()
 

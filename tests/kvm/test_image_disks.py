@@ -7,6 +7,7 @@ import shutil
 import signal
 import struct
 import threading
+from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 import guests
@@ -50,6 +51,25 @@ def test_a_read_only_disk_stays_as_it_is(image: Path) -> None:
     outcome, text = guests.run("blk.elf", "mode=probe type=1 sector=8", devices=[disk])
     assert "type 1 at sector 8: status 1" in text
     assert outcome.code == 0 and image.read_bytes() == before
+
+
+def test_a_damaged_image_is_said(image: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The guest gets an I/O error, and the user what the daemon has to say about it while it goes on."""
+    log.configure()
+    with image.open("r+b") as file:
+        file.seek(40)
+        file.seek(int.from_bytes(file.read(8), "big"))  # the L1 table: a table that is not aligned to a cluster
+        file.write(struct.pack(">Q", 1 << 63 | 0x10200))
+    with guests.pc("blk.elf", "mode=probe sector=8", devices=[ImageDisk(str(image), "qcow2")]) as machine:
+        outcome = machine.run(guests.RUN_S)
+        assert "type 0 at sector 8: status 1" in guests.text(machine) and outcome.code == 0
+        said, end = "", monotonic() + guests.RUN_S
+        while "image as corrupt: L2 table" not in said:
+            assert monotonic() < end, said
+            sleep(0.01)
+            said += capfd.readouterr().err
+    log.configure()
+    assert "disk.qcow2" in said and "unaligned" in said
 
 
 def test_a_reset_machine_uses_its_disk_again(image: Path) -> None:

@@ -16,7 +16,7 @@ from pykvm._native import lib
 from pykvm.core.memory import GuestMemory
 from pykvm.errors import ConfigError
 from pykvm.virtio import vhostmsg as msg
-from pykvm.virtio.vhost_user import VhostUser
+from pykvm.virtio.vhost_user import LOGGED_WORDS, VhostUser
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -348,3 +348,35 @@ def test_private_memory_is_refused(peer: Callable[..., Peer]) -> None:
     with pytest.raises(ConfigError, match="memfd=True"):
         Driver(device)
     device.close()
+
+
+class Talker(Peers):
+    """A back end that says things while it works."""
+
+    def __init__(self, *peers: Peer) -> None:
+        super().__init__(*peers)
+        self.voice, self.mouth = os.pipe()
+
+    def listen(self) -> list[str] | None:
+        """Its lines."""
+        return os.read(self.voice, 65536).decode().splitlines() or None
+
+
+def test_what_a_back_end_says_is_passed_on(
+    peer: Callable[..., Peer], shared: Callable[[VhostUser], Driver], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A line in the log for each, up to a limit, and none is waited for once it has closed its output."""
+    source = Talker(peer())
+    driver = shared(Remote(source))
+    os.write(source.mouth, b"the image is damaged\n" + b"x" * 1000)
+    driver.io.run()
+    said = capfd.readouterr().err
+    assert "the image is damaged" in said and said.count("remote") == 2 and "x" * 301 not in said
+    os.write(source.mouth, b"again\n" * 100)
+    driver.io.run()
+    assert capfd.readouterr().err.count("again") == LOGGED_WORDS - 2
+    os.close(source.mouth)
+    driver.io.run()
+    assert source.voice not in driver.io._readers
+    os.close(source.voice)
+    source.voice = -1
