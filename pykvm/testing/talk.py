@@ -128,6 +128,8 @@ class Talk(SpawnBase):  # type: ignore[misc]  # pexpect has no types
 
     def _take_in(self) -> None:
         self._position, data = self._machine.console.since(self._position)
+        if not data:
+            return
         text = self._decoder.decode(data)
         self._log(text, "read")
         # a CR at the end may be the first half of a line's end: `replace` sees it with the next piece

@@ -121,6 +121,27 @@ def test_the_command_says_what_happened(image: Path) -> None:
 
 
 @pytest.mark.host
+@rings
+def test_a_full_file_system(tmp_path: Path, ring: int) -> None:
+    """A hole of the file that cannot be filled ends the machine as well: the guest's write has no place."""
+    mount = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+    script = 'mount -t tmpfs -o size=1M none "$0" && truncate -s 4M "$0/memory.img" && exec "$@"'
+    if subprocess.run([*mount, script, tmp_path, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no mount namespace or tmpfs can be had")
+    words = ["start", "--pmem", tmp_path / "memory.img", "--append", f"ring={ring}", guests.IMAGES / "pmem.elf"]
+    done = subprocess.run(
+        [*mount, script, tmp_path, *command.COMMAND, *words],
+        env=command.environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=command.SECONDS,
+        check=False,
+    )
+    assert done.returncode == 6
+    assert b"memory.img, which the guest has as memory, cannot be had: no space left" in b" ".join(done.stderr.split())
+
+
+@pytest.mark.host
 def test_kill_loses_nothing(image: Path) -> None:
     """After kill -9 the file has every number that the guest said it had flushed."""
     words = ["--pmem", image, "--append", "mode=log"]

@@ -13,6 +13,7 @@ from vhostpeer import Peer, Peers
 
 from pykvm import log
 from pykvm._native import lib
+from pykvm.core.filememory import FileMemory
 from pykvm.core.memory import GuestMemory
 from pykvm.errors import ConfigError
 from pykvm.virtio import vhostmsg as msg
@@ -20,6 +21,7 @@ from pykvm.virtio.vhost_user import LOGGED_WORDS, VhostUser
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from pykvm.virtio.vhostmsg import Connection
 
@@ -348,6 +350,24 @@ def test_private_memory_is_refused(peer: Callable[..., Peer]) -> None:
     with pytest.raises(ConfigError, match="memfd=True"):
         Driver(device)
     device.close()
+
+
+def test_persistent_memory_is_handed_over(
+    peer: Callable[..., Peer], shared: Callable[[VhostUser], Driver], tmp_path: Path
+) -> None:
+    """A buffer in a file that the guest has as memory is one for back ends, too, unless the guest cannot write it."""
+    for name in ("first", "second"):
+        (tmp_path / name).write_bytes(bytes(2 << 20))
+    backend = peer()
+    driver = shared(Remote(Peers(backend)))
+    files = [
+        FileMemory(driver.memory, (at + 1) << 30, 2 << 20, fd, "file", readonly=bool(at))
+        for at, fd in enumerate(os.open(tmp_path / name, os.O_RDWR) for name in ("first", "second"))
+    ]
+    driver.start()
+    assert [(gpa, size) for gpa, size, _, _ in backend.regions] == [(0, RAM), (1 << 30, 2 << 20)]
+    for file in files:
+        os.close(file.fd)
 
 
 class Talker(Peers):
