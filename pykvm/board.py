@@ -33,6 +33,7 @@ from pykvm.x86.platform import Platform
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import TypeVar
 
     from pykvm.core.device import Device
     from pykvm.core.memimage import SlotImage
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from pykvm.virtio.balloon import Balloon
     from pykvm.virtio.device import VirtioDevice
     from pykvm.virtio.mmio import VirtioMmio
+
+    D = TypeVar("D", bound=VirtioDevice)
 
 
 KVM_PAGES = (layout.IDENTITY_MAP, 4 * layout.PAGE_SIZE, E820_RESERVED)  # the identity map and KVM's TSS
@@ -284,14 +287,17 @@ class Pc(Machine):
         self.on_connect.append(transport.connect)
         transport.connect(self.vm)
 
+    def find(self, kind: type[D]) -> list[D]:
+        """The machine's virtio devices of class `kind`: `vm.find(Net)[0]` is its first network."""
+        return [each.device for each in self.virtio if isinstance(each.device, kind)]
+
     @property
     def balloon(self) -> Balloon:
         """The machine's balloon. Raises MachineStateError when it has none."""
         from pykvm.virtio.balloon import Balloon
 
-        for transport in self.virtio:
-            if isinstance(transport.device, Balloon):
-                return transport.device
+        for balloon in self.find(Balloon):
+            return balloon
         raise MachineStateError("the machine has no balloon: give it one by devices=[Balloon()] or --balloon")
 
     def _flush_page(self, gpa: int) -> None:

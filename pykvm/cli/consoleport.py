@@ -62,8 +62,7 @@ def _check_stdio(ports: Sequence[ConsolePort]) -> None:
 
 def console_ports(pc: Pc) -> list[ConsolePort]:
     """All ports of the machine's consoles."""
-    consoles = [each.device for each in pc.virtio if isinstance(each.device, Console)]
-    return [port for console in consoles for port in console.ports]
+    return [port for console in pc.find(Console) for port in console.ports]
 
 
 def replace_ends(pc: Pc, texts: Sequence[str]) -> list[str]:

@@ -90,26 +90,37 @@ def _net(text: str) -> VirtioDevice:
     from pykvm.virtio.net import Net
     from pykvm.virtio.rate import RATE_KEYS, parse_rate
 
+    kind, words = _net_words(text, ("down",), ("mac", "mtu", *RATE_KEYS))
+    mtu = parse_int(words["mtu"], "mtu") if "mtu" in words else None
+    limit = parse_rate(words)
+    backend = _net_backend(kind, words, mtu or 0)
+    return Net(backend, mac=words.get("mac"), mtu=mtu, link="down" not in words, limit=limit)
+
+
+def parse_net_backend(text: str) -> NetBackend | None:
+    """What a network that exists already is plugged into: a --net without the words about the device, or none."""
+    return None if text == "none" else _net_backend(*_net_words(text, (), ()), 0)
+
+
+def _net_words(text: str, flags: tuple[str, ...], more: tuple[str, ...]) -> tuple[str, dict[str, str]]:
     kind = text.split(",", 1)[0]
     keys = {"user": ("hostfwd",), "tap": ("ifname", "fd")}.get(kind)
     if keys is None:
         raise UsageError(
             f"--net: {kind!r} is neither user nor tap: --net user[,hostfwd=tcp::2222-:22] or --net tap[,...]"
         )
-    _, words = split_spec("--net", text, ("down",), (*keys, "mac", "mtu", *RATE_KEYS), many=("hostfwd",))
-    mtu = parse_int(words["mtu"], "mtu") if "mtu" in words else None
-    limit = parse_rate(words)
-    backend: NetBackend
+    return kind, split_spec("--net", text, flags, (*keys, *more), many=("hostfwd",))[1]
+
+
+def _net_backend(kind: str, words: dict[str, str], mtu: int) -> NetBackend:
     if kind == "tap":
         from pykvm.virtio.tap import Tap
 
         fd = parse_int(words["fd"], "fd") if "fd" in words else None
-        backend = Tap(words.get("ifname"), fd=fd, mtu=mtu or 0)
-    else:
-        from pykvm.virtio.passt import Passt
+        return Tap(words.get("ifname"), fd=fd, mtu=mtu)
+    from pykvm.virtio.passt import Passt
 
-        backend = Passt(words.get("hostfwd", "").split("\n") if "hostfwd" in words else ())
-    return Net(backend, mac=words.get("mac"), mtu=mtu, link="down" not in words, limit=limit)
+    return Passt(words.get("hostfwd", "").split("\n") if "hostfwd" in words else ())
 
 
 def _balloon(text: str) -> VirtioDevice:

@@ -8,6 +8,10 @@ from pykvm.cli.start import OPTIONS as START_OPTIONS
 from pykvm.cli.start import Signals, run_session, serial_plan
 from pykvm.errors import UsageError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pykvm.virtio.netbackend import NetBackend
+
 _SHARED = (
     "--serial",
     "--save",
@@ -34,6 +38,12 @@ OPTIONS = (
         "where the next virtio console or a named port ends, instead of where it did (any of them: the rest nowhere)",
         many=True,
     ),
+    Option(
+        "--net",
+        "KIND[,...]",
+        "what the next network is plugged into instead of what it was: user[,hostfwd=..], tap[,ifname=..] or none",
+        many=True,
+    ),
     Option("--vsock", "PATH", "where the vsock listens instead of at its old path; none for nowhere", convert=_place),
     *(option for option in START_OPTIONS if option.name in _SHARED),
 )
@@ -46,6 +56,23 @@ PARSER = Parser(
     positionals=1,
     epilog="Keys and exit status are those of `pykvm start`.",
 )
+
+
+def _backends(texts: list[str]) -> list[NetBackend | None]:
+    if not texts:
+        return []
+    from pykvm.cli.devices import parse_net_backend
+
+    backends: list[NetBackend | None] = []
+    try:
+        for text in texts:
+            backends.append(parse_net_backend(text))
+    except BaseException:
+        for backend in backends:
+            if backend is not None:
+                backend.close()
+        raise
+    return backends
 
 
 def run(argv: list[str]) -> int:
@@ -65,7 +92,13 @@ def run(argv: list[str]) -> int:
     from pykvm.control.restore import restore_file
 
     signals = Signals()
-    with restore_file(rest[0], lazy=bool(values["lazy"]), parent=values["parent"], vsock=values["vsock"]) as machine:
+    with restore_file(
+        rest[0],
+        lazy=bool(values["lazy"]),
+        parent=values["parent"],
+        net=_backends(values["net"]),
+        vsock=values["vsock"],
+    ) as machine:
         if not isinstance(machine, Pc):
             raise UsageError(f"{rest[0]}: is a bare Machine; restore it from Python, by pykvm.restore_file")
         if machine.virtio:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from pykvm.core.state import BOOL, U32, Int, Kind, ListOf, Row, Shape, Text
+from pykvm.core.state import BOOL, U32, U64, Bytes, Int, Kind, ListOf, Row, Shape, Text
 from pykvm.errors import SnapshotError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from pykvm.virtio.device import VirtioDevice
+    from pykvm.virtio.netbackend import NetBackend
 
 PATH = Text(4096)
 MAX_DEVICES = 64
@@ -33,19 +34,30 @@ _RECIPES = ListOf(Row(Text(20), _Options()), 0, MAX_DEVICES)
 class Ends:
     """Ends on this host that devices get instead of those that the file names; see restore_file."""
 
-    def __init__(self, *, vsock: str | None = None) -> None:
+    def __init__(self, *, net: Sequence[NetBackend | None] | None = None, vsock: str | None = None) -> None:
+        self.net = None if net is None else list(net)
         self.vsock = vsock
 
     def replace(self, kind: str, options: dict[str, Any]) -> dict[str, Any]:
         """A device's checked options with them."""
         if kind == "vsock" and self.vsock is not None:
             options, self.vsock = {**options, "path": self.vsock}, None
+        if kind == "net" and self.net:
+            options = {**options, "backend": self.net.pop(0)}
         return options
 
     def check_used(self) -> None:
         """Raise UsageError when there was no device for one."""
         if self.vsock is not None:
             raise UsageError(f"the machine was saved without a vsock: leave out {self.vsock or 'none'}")
+        if self.net:
+            raise UsageError("the machine was saved with fewer networks than are given now")
+
+    def close(self) -> None:
+        """Close what no device got."""
+        for backend in self.net or ():
+            if backend is not None:
+                backend.close()
 
 
 def make_devices(recipes: object, path: str, ends: Ends) -> list[VirtioDevice]:
@@ -105,6 +117,51 @@ def _vsock(options: dict[str, Any]) -> VirtioDevice:
     return Vsock(options["cid"], options["path"] or None)
 
 
+def _net(options: dict[str, Any]) -> VirtioDevice:
+    from pykvm.virtio.net import Net
+    from pykvm.virtio.netbackend import NetBackend
+    from pykvm.virtio.netplug import known_features
+
+    found = options["backend"]
+    backend = found if found is None or isinstance(found, NetBackend) else _net_backend(*found)
+    net = Net(backend, mtu=options["mtu"] or None, link=options["link"])
+    net.mac = options["mac"]
+    net.features = options["features"] & (known_features() if backend is None else net.features)
+    return net
+
+
+def _net_backend(kind: str = "", options: dict[str, Any] | None = None) -> NetBackend | None:
+    if not kind:
+        return None
+    if kind not in _NETS:
+        raise SnapshotError(f"a network of kind {kind!r} is unknown")
+    _NETS[kind].check(f"network {kind}", 1, options or {})
+    if kind == "tap":
+        from pykvm.virtio.tap import Tap
+
+        return Tap(options["ifname"] or None, mtu=options["mtu"])  # type: ignore[index]
+    from pykvm.virtio.passt import Passt
+
+    return Passt(options["hostfwd"])  # type: ignore[index]
+
+
+_NETS = {
+    "tap": Shape(1, ifname=Text(15), mtu=Int(0, 65535)),
+    "user": Shape(1, hostfwd=ListOf(Text(200), 0, 256)),
+}
+
+
+class _Backend(Kind):
+    """A network backend's kind and options, or nothing."""
+
+    def __init__(self) -> None:
+        super().__init__("the kind and options of a network")
+
+    def accepts(self, value: object) -> bool:
+        """[] or [kind, {option: value}]."""
+        return value == [] or Row(Text(20), _Options()).accepts(value)
+
+
 # kind -> (what its options are, function that makes it)
 _KINDS: dict[str, tuple[Shape, Callable[[dict[str, Any]], VirtioDevice]]] = {
     "disk": (
@@ -114,5 +171,9 @@ _KINDS: dict[str, tuple[Shape, Callable[[dict[str, Any]], VirtioDevice]]] = {
     "rng": (Shape(1), _rng),
     "console": (Shape(1, ports=ListOf(Row(Text(255), BOOL, PATH), 1, 16)), _console),
     "balloon": (Shape(1, deflate_on_oom=BOOL, reporting=BOOL), _balloon),
+    "net": (
+        Shape(1, mac=Bytes(6), mtu=Int(0, 65535), link=BOOL, features=U64, backend=_Backend()),
+        _net,
+    ),
     "vsock": (Shape(1, cid=U32, path=PATH), _vsock),
 }

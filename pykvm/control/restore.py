@@ -18,8 +18,10 @@ from pykvm.snapshot.load import SnapshotFile, load
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
+
+    from pykvm.virtio.netbackend import NetBackend
 
 TSC_TOLERANCE_PPM = 250  # what NTP can correct, and what QEMU and KVM's own TSC scaling tolerate
 
@@ -43,6 +45,7 @@ def restore_file(
     lazy: bool = False,
     parent: str | os.PathLike[str] | None = None,
     attach: Callable[[Machine], object] | None = None,
+    net: Sequence[NetBackend | None] | None = None,
     vsock: str | None = None,
     **board: Any,
 ) -> Machine:
@@ -51,6 +54,7 @@ def restore_file(
     lazy     map its memory without reading it first: takes no time, and damage in it goes unnoticed
     parent   the file that a differential snapshot is relative to, if it is not beside `path` under its old name
     attach   puts the caller's own devices on the machine, at the addresses that they had
+    net      what its networks are plugged into, in order, instead of what they were; None for nothing. Closed with it
     vsock    where its vsock listens instead of at its old path; "" for nowhere
     board    overrides options of the Pc: `devices=[...]` gives it other virtio devices of the same kinds
 
@@ -58,15 +62,12 @@ def restore_file(
     when an end of a device cannot be had on this host (a socket's path that is in use).
     """
     where = os.fspath(path)
-    file = load(where, lazy=lazy, parent=None if parent is None else os.fspath(parent))
-    config = machine_config(file.document, where)
-    with Kvm() as kvm:
-        tables = file.document["machine"]["state"]["cpuid"]
-        check_cpu(tables[0], host_cpuid(kvm, machine_config(file.document, where, host=True)), where)
+    ends = Ends(net=net, vsock=vsock)
     try:
-        machine = _make(file, config, Ends(vsock=vsock), board)
-    except HostError as error:
-        raise SnapshotError(f"{where}: this host cannot make its machine: {error}") from error
+        file = load(where, lazy=lazy, parent=None if parent is None else os.fspath(parent))
+        machine = _make(file, ends, board)
+    finally:
+        ends.close()
     try:
         if attach is not None:
             attach(machine)
@@ -80,7 +81,18 @@ def restore_file(
     return machine
 
 
-def _make(file: SnapshotFile, config: MachineConfig, ends: Ends, overrides: dict[str, Any]) -> Machine:
+def _make(file: SnapshotFile, ends: Ends, overrides: dict[str, Any]) -> Machine:
+    config = machine_config(file.document, file.path)
+    with Kvm() as kvm:
+        tables = file.document["machine"]["state"]["cpuid"]
+        check_cpu(tables[0], host_cpuid(kvm, machine_config(file.document, file.path, host=True)), file.path)
+    try:
+        return _make_board(file, config, ends, overrides)
+    except HostError as error:
+        raise SnapshotError(f"{file.path}: this host cannot make its machine: {error}") from error
+
+
+def _make_board(file: SnapshotFile, config: MachineConfig, ends: Ends, overrides: dict[str, Any]) -> Machine:
     kind, board = file.document["kind"], file.document["board"]
     if kind == "machine":
         return Machine(config, image=file.snapshot.memory)

@@ -72,7 +72,8 @@ def named_devices(machine: Machine) -> Iterator[tuple[str, Device]]:
             device = region.device
             if id(device) not in seen and getattr(device, "shape", True) is not None:
                 seen.add(id(device))
-                yield f"{region.name} at {space.name} {region.base:#x}", device
+                name = getattr(device, "kind", region.name)  # a disk's name has its path in it, which may change
+                yield f"{name} at {space.name} {region.base:#x}", device
 
 
 def _save_device(name: str, device: Device) -> Part:

@@ -68,6 +68,7 @@ class VirtioMmio(Device):
     def __init__(self, device: VirtioDevice, memory: GuestMemory, io: IoThread, *, base: int, gsi: int) -> None:
         self.device = device
         self.name = device.name
+        self.kind = f"virtio {type(device).__name__}"  # in snapshots
         self.memory = memory
         self.io = io.sibling(f"pykvm-{device.name}"[:15]) if device.own_thread else io
         self.base = base

@@ -15,6 +15,7 @@ from select import EPOLL_CLOEXEC, EPOLLIN, EPOLLOUT, epoll
 
 from pykvm import log
 from pykvm._native import ffi, lib
+from pykvm.core.state import BOOL, U64, Bytes, ListOf, Shape
 from pykvm.errors import ConfigError
 from pykvm.virtio import netctl, netrx
 from pykvm.virtio.chain import slices
@@ -22,12 +23,14 @@ from pykvm.virtio.device import VirtioDevice
 from pykvm.virtio.fault import DriverFault
 from pykvm.virtio.netbackend import HEADER_SIZE, BackendGone, net_bits
 from pykvm.virtio.netheader import is_sound
+from pykvm.virtio.netplug import OFFLOADS, Blink, Unplugged, offered_by
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pykvm._native import CData
+    from pykvm.core.state import State
     from pykvm.virtio.chain import Chain
     from pykvm.virtio.mmio import VirtioMmio
     from pykvm.virtio.netbackend import NetBackend
@@ -44,7 +47,7 @@ MIN_MTU, MAX_MTU = 68, 65535  # 5.1.4.1
 class Net(VirtioDevice):
     """A network interface.
 
-    backend  where its frames go: Tap, Passt, ...; closed with the device
+    backend  where its frames go: Tap, Passt, ...; closed with the device. None: it is not plugged in; see plug
     mac      "52:54:00:12:34:56"; by default a random one of those that nobody owns
     mtu      what the driver is told to use at most (VIRTIO_NET_F_MTU); by default the backend's
     link     whether the cable is plugged in at the start; see set_link
@@ -59,7 +62,7 @@ class Net(VirtioDevice):
 
     def __init__(
         self,
-        backend: NetBackend,
+        backend: NetBackend | None,
         *,
         mac: str | None = None,
         mtu: int | None = None,
@@ -67,7 +70,8 @@ class Net(VirtioDevice):
         limit: RateLimit | None = None,
         native: bool = True,
     ) -> None:
-        self.backend = backend
+        self.alive = backend is not None  # it is plugged in, and the backend has not died
+        self.backend = backend = Unplugged() if backend is None else backend
         try:
             self.mac = parse_mac(mac) if mac is not None else bytes((2, *os.urandom(5)))
             self.mtu = backend.mtu if mtu is None else mtu
@@ -78,14 +82,15 @@ class Net(VirtioDevice):
             raise
         self.name = f"net {backend.name}"
         self.limit = limit
-        self.features = net_bits("MAC", "STATUS", "MRG_RXBUF") | netctl.FEATURES | backend.offloads
+        self.features = net_bits("MAC", "STATUS", "MRG_RXBUF") | netctl.FEATURES | offered_by(backend)
         self.features |= net_bits("MTU") if self.mtu else 0
-        self.features |= net_bits("CTRL_GUEST_OFFLOADS") if backend.offloads & net_bits("GUEST_CSUM") else 0
         self.native = native and backend.is_plain and limit is None
         self._plane: CData = ffi.gc(lib.pk_net_new(), lib.pk_net_free)  # what C shares, counters among it
         self.link = link
-        self.alive = True  # the backend
         self.negotiated = 0
+        self._offloads: int | None = None  # of those negotiated, what the driver wants for now (5.1.6.5.6)
+        self._blink = Blink()
+        self._plugged_in = _random_number()  # changes with the backend
         self.control = netctl.Control(self)
         self._receiver = netrx.Receiver(backend)
         self._epoll = epoll(flags=EPOLL_CLOEXEC)
@@ -100,7 +105,8 @@ class Net(VirtioDevice):
         """MAC address, link status, MTU."""
         config = ffi.new("struct virtio_net_config *")
         config.mac = list(self.mac)
-        config.status = lib.VIRTIO_NET_S_LINK_UP if self.link and self.alive else 0
+        self._blink.seen(self.io, self._stop_blinking)
+        config.status = lib.VIRTIO_NET_S_LINK_UP if self.is_up else 0
         config.status |= lib.VIRTIO_NET_S_ANNOUNCE if self.control.announcing else 0
         config.max_virtqueue_pairs = 1
         config.mtu = self.mtu
@@ -118,6 +124,58 @@ class Net(VirtioDevice):
                 if self.negotiated:  # what still comes in is dropped at once
                     self._watch(self._plane.watched | EPOLLIN)
 
+    @property
+    def is_up(self) -> bool:
+        """Whether the guest sees a link."""
+        return self.link and self.alive and not self._blink.on
+
+    def plug(self, backend: NetBackend | None) -> None:
+        """Connect it to `backend`, or with None to nothing, instead of what it was connected to, which is closed.
+
+        From any thread. The guest sees the link go down for a moment, so that it asks for its addresses anew. Raises
+        ConfigError, and closes `backend`, when it lacks what the guest's driver was promised.
+        """
+        backend = Unplugged() if backend is None else backend
+        with self.transport.lock:
+            before, here = self.backend, not isinstance(backend, Unplugged)
+            status = self.transport.status
+            promised = self.transport.driver_features if status & lib.VIRTIO_CONFIG_S_FEATURES_OK else self.features
+            if here and promised & OFFLOADS & ~offered_by(backend):
+                backend.close()
+                raise ConfigError("net", f"the guest relies on offloads that {backend.name} lacks: it takes a tap")
+            self._unwatch()
+            self.backend, self.alive = backend, here
+            self._plugged_in = _random_number()
+            self._receiver.change(backend)
+            self._blink.stop()
+            if here:
+                self._start_backend()
+                self._blink.start()
+            self.config_changed()
+        before.close()
+
+    def _unwatch(self) -> None:
+        """Have nothing of the backend any more."""
+        self._watch(0)
+        plane = self._plane
+        plane.active = plane.waiting = plane.rx_held = plane.watched = 0
+        plane.fd = -1
+
+    def _start_backend(self) -> None:
+        """A backend was plugged in."""
+        self._plane.fd = self.backend.fd
+        self.backend.set_link(self.link)
+        if self.negotiated and not self.transport.status & lib.VIRTIO_CONFIG_S_NEEDS_RESET:
+            self.activate(self.negotiated)
+            if self._backlog:
+                self._watch(self._plane.watched | EPOLLOUT)
+
+    def _stop_blinking(self) -> None:
+        with self.transport.lock:
+            if self._blink.on:
+                self._blink.stop()
+                self.config_changed()
+
     def announce(self) -> None:
         """Ask the guest to tell its neighbours where it is now (5.1.6.5.4), for a machine that moved."""
         with self.transport.lock:
@@ -125,6 +183,7 @@ class Net(VirtioDevice):
 
     def set_offloads(self, features: int) -> None:
         """The GUEST_* offloads that the driver can take from now on."""
+        self._offloads = features
         self._receiver.negotiate(self.negotiated)
         if self.alive:
             self.backend.set_offloads(features)
@@ -159,12 +218,13 @@ class Net(VirtioDevice):
     def activate(self, features: int) -> None:
         """Take frames from the backend from now on."""
         self.negotiated = features
-        self.set_offloads(features)
+        self.set_offloads(features if self._offloads is None else self._offloads & features)
+        self.control.apply()
         plane = self._plane
         plane.features, plane.link, plane.expected = features, self.link, 0
         plane.mergeable = bool(features & netrx.MERGEABLE)
         plane.checksums = bool(features & netrx.GUEST_CSUM)
-        plane.active = self.native and self.alive
+        plane.active = self.native and self.alive and self.backend.is_plain
         self._watch(plane.watched | EPOLLIN)
 
     def stop(self) -> None:
@@ -178,12 +238,65 @@ class Net(VirtioDevice):
         self._backlog.clear()
         self._receiver.reset()
         self._plane.waiting = self._plane.rx_held = self._plane.tx_held = 0
+        self._blink.stop()
         self.control.reset()
-        self.negotiated = 0
+        self.negotiated, self._offloads = 0, None
         self.set_filter(None, False)
+
+    # -- snapshots ----------------------------------------------------------------------------------------------
+
+    shape = Shape(
+        1,
+        mac=Bytes(6),
+        up=BOOL,
+        plugged_in=U64,
+        offloads=U64,
+        announcing=BOOL,
+        promiscuous=BOOL,
+        all_multicast=BOOL,
+        unicast=ListOf(Bytes(6), 0, netctl.MAX_ADDRESSES),
+        multicast=ListOf(Bytes(6), 0, netctl.MAX_ADDRESSES),
+    )
+
+    def save(self) -> State:
+        """What the driver has set, and what it knows of the link. A frame on its way to the guest is lost."""
+        return {
+            "mac": self.mac,
+            "up": self.is_up,
+            "plugged_in": self._plugged_in,
+            "offloads": self.negotiated if self._offloads is None else self._offloads,
+            **self.control.save(),
+        }
+
+    def unfinished(self, queue: Virtqueue) -> int:
+        """Frames that the backend could not take."""
+        return len(self._backlog) if queue.index == TX else 0
+
+    def restore(self, state: State) -> None:
+        """Go on, plugged into what it is now; the guest hears so if that is not what it was."""
+        self.mac, self._offloads = state["mac"], state["offloads"]
+        self.control.restore(state)
+        self._blink.stop()
+        if state["up"] and self.is_up and state["plugged_in"] != self._plugged_in:
+            self._blink.start()
+        if state["up"] is not self.is_up:
+            self.config_changed()
+
+    def twin(self) -> Net:
+        """One that is not plugged in; see `plug`."""
+        twin = Net(None, mtu=self.mtu or None, link=self.link, limit=self.limit)
+        twin.mac, twin.features, twin.native = self.mac, self.features, self.native
+        return twin
+
+    def recipe(self) -> tuple[str, dict[str, object]]:
+        """Its options, and the backend's recipe."""
+        backend = self.backend.recipe() if self.alive else None
+        options = {"mac": self.mac, "mtu": self.mtu, "link": self.link, "features": self.features}
+        return "net", {**options, "backend": [] if backend is None else [*backend]}
 
     def close(self) -> None:
         """Close the backend."""
+        self._blink.stop()
         if hasattr(self, "io"):
             self.io.remove_reader(self._epoll.fileno())
         self._epoll.close()
@@ -366,3 +479,7 @@ def parse_mac(text: str) -> bytes:
     if mac[0] & 1 or not any(mac):
         raise ConfigError("mac", f"{text} is no address of one interface (the first byte is odd, or all are 0)")
     return mac
+
+
+def _random_number() -> int:
+    return int.from_bytes(os.urandom(8), "little")

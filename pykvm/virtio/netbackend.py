@@ -66,6 +66,13 @@ class NetBackend:
     def set_link(self, up: bool) -> None:
         """The device's link went up or down."""
 
+    def recipe(self) -> tuple[str, dict[str, object]] | None:
+        """(kind, options) of what makes it again, for a snapshot file; None: nothing does, the copy is unplugged.
+
+        Raises SnapshotError where that would not be what the user wants.
+        """
+        return None
+
     def close(self) -> None:
         """Release everything."""
 

@@ -13,6 +13,7 @@ from pykvm.virtio.netbackend import net_bits
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pykvm.core.state import State
     from pykvm.virtio.chain import Chain
     from pykvm.virtio.net import Net
 
@@ -55,6 +56,18 @@ class Control:
         self.unicast: list[bytes] = []
         self.multicast: list[bytes] = []
 
+    def save(self) -> State:
+        """What the driver has set."""
+        names = ("announcing", "promiscuous", "all_multicast")
+        plain = {name: getattr(self, name) for name in names}
+        return {**plain, "unicast": list(self.unicast), "multicast": list(self.multicast)}
+
+    def restore(self, state: State) -> None:
+        """Go on with it; `apply` follows."""
+        self.announcing, self.promiscuous = state["announcing"], state["promiscuous"]
+        self.all_multicast = state["all_multicast"]
+        self.unicast, self.multicast = list(state["unicast"]), list(state["multicast"])
+
     def on_command(self, chain: Chain) -> int:
         """Serve a command; the bytes written."""
         if not chain.writable:
@@ -81,24 +94,24 @@ class Control:
 
     def _set_promiscuous(self, data: bytes) -> None:
         self.promiscuous = _switch(data)
-        self._filter()
+        self.apply()
 
     def _set_all_multicast(self, data: bytes) -> None:
         self.all_multicast = _switch(data)
-        self._filter()
+        self.apply()
 
     def _set_table(self, data: bytes) -> None:
         """Two tables, of unicast and multicast addresses: each a count and so many addresses (5.1.6.5.2)."""
         unicast, rest = _addresses(data)
         multicast, rest = _addresses(rest)
         self.unicast, self.multicast = unicast, multicast
-        self._filter()
+        self.apply()
 
     def _set_mac(self, data: bytes) -> None:
         if len(data) != MAC_SIZE or data[0] & 1:
             raise _Refused
         self._net.mac = data
-        self._filter()
+        self.apply()
 
     def _set_offloads(self, data: bytes) -> None:
         """Some of the offloads that were negotiated, for now (5.1.6.5.6)."""
@@ -107,7 +120,7 @@ class Control:
             raise _Refused
         self._net.set_offloads(wanted)
 
-    def _filter(self) -> None:
+    def apply(self) -> None:
         """Tell the backend; until the driver has said what it wants (the first command), everything passes."""
         addresses = None if self.promiscuous else [self._net.mac, BROADCAST, *self.unicast, *self.multicast]
         self._net.set_filter(addresses, self.all_multicast)

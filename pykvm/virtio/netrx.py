@@ -46,6 +46,11 @@ class Receiver:
         self._mergeable = self._checksums = False
         self.expected = HEADER_SIZE
 
+    def change(self, backend: NetBackend) -> None:
+        """Take frames from another backend; one of the old backend that waits is lost."""
+        self.backend = backend
+        self._waiting = None
+
     def negotiate(self, features: int) -> None:
         """What the driver agreed to."""
         self._mergeable = bool(features & MERGEABLE)

@@ -16,7 +16,7 @@ import struct
 import subprocess
 
 from pykvm import log
-from pykvm.errors import ConfigError
+from pykvm.errors import ConfigError, SnapshotError
 from pykvm.virtio.netbackend import IOV_MAX, MAX_FRAME, MIN_FRAME, BackendGone, NetBackend
 
 TYPE_CHECKING = False
@@ -143,6 +143,7 @@ class Passt(StreamBackend):
     mtu = MTU
 
     def __init__(self, hostfwd: Sequence[str] = (), *, options: Sequence[str] = ()) -> None:
+        self._hostfwd, self._options = list(hostfwd), list(options)
         forwards = [Forward(text) for text in hostfwd]
         for forward in forwards:
             forward.check_free()
@@ -155,6 +156,12 @@ class Passt(StreamBackend):
         except BaseException:
             ours.close()
             raise
+
+    def recipe(self) -> tuple[str, dict[str, object]]:
+        """The forwarded ports. A file shall not say with which options a program is run."""
+        if self._options:
+            raise SnapshotError("net: a file cannot hold passt's options: unplug it before, and give it another after")
+        return "user", {"hostfwd": self._hostfwd}
 
     def _start_process(self, fd: int, words: Sequence[str]) -> None:
         ready, ready_end = os.pipe()

@@ -69,7 +69,9 @@ def restore(transport: VirtioMmio, state: State) -> None:
     if state["device_id"] != device.device_id or len(state["queues"]) != len(transport.queues):
         raise SnapshotError(f"{device.name}: the snapshot has another kind of virtio device there")
     if state["driver_features"] & ~transport.offered and state["status"] & lib.VIRTIO_CONFIG_S_FEATURES_OK:
-        raise SnapshotError(f"{device.name}: the driver uses features that this device does not offer")
+        raise SnapshotError(
+            f"{device.name}: the driver uses features that this device does not offer; give it what it had"
+        )
     with transport.lock:
         transport.reset()
         transport.set_registers(state)

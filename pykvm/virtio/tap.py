@@ -55,6 +55,7 @@ class Tap(NetBackend):
         if ifname is not None and fd is not None:
             raise ConfigError("tap", "give either ifname= or fd=")
         self.fd = -1
+        self._recipe = None if fd is not None else {"ifname": ifname or "", "mtu": mtu}
         try:
             if fd is not None:
                 self._adopt(fd)
@@ -162,6 +163,10 @@ class Tap(NetBackend):
     def set_link(self, up: bool) -> None:
         """TUNSETCARRIER: the host's end shows NO-CARRIER, and queues nothing."""
         lib.pk_ioctl(self.fd, lib.TUNSETCARRIER, ffi.new("int *", int(up)))
+
+    def recipe(self) -> tuple[str, dict[str, object]] | None:
+        """An interface of the same name, or with any free one if it had no special one; nothing for an fd."""
+        return None if self._recipe is None else ("tap", {**self._recipe})
 
     def close(self) -> None:
         """Close the fd: an interface that pykvm made vanishes, a persistent one is as before."""

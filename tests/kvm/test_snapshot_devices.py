@@ -5,18 +5,25 @@ from __future__ import annotations
 import signal
 import socket
 import subprocess
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from command import COMMAND, SECONDS, environment, run, spawn
 from guests import IMAGES
 from test_consoles import DONE, SIZELESS, lines, talk, wait_for
+from test_networks import MAC, TYPE_LOCAL, exchange, local_frame, namespace, revive
 
-from pykvm import BootConfig, Outcome, Pc, restore_file
+from pykvm import BootConfig, ConfigError, Outcome, Pc, restore_file
 from pykvm.virtio.balloon import Balloon
 from pykvm.virtio.console import Console, ConsolePort
+from pykvm.virtio.net import Net
+from pykvm.virtio.tap import Tap
 
 pytestmark = pytest.mark.usefixtures("images")
+__all__ = ["namespace"]  # a fixture
 
 GUEST = str(IMAGES / "console.elf")
 
@@ -49,7 +56,7 @@ def finish(copy: Pc, before: bytes, whole: bytes) -> None:
     """Run a copy to its end: it prints what was left, and answers."""
     rest = bytearray()
     with copy:
-        port = copy.virtio[0].device.ports[0]
+        port = copy.find(Console)[0].ports[0]
         port.sink = rest.extend
         copy.start()
         wait_for(lambda: len(before + rest) >= len(whole))
@@ -117,3 +124,99 @@ def spawn_restore(*arguments: str | Path) -> subprocess.Popen[bytes]:
     """Start `pykvm restore ARGUMENT...`."""
     pipe = subprocess.PIPE
     return subprocess.Popen([*COMMAND, "restore", *arguments], env=environment(), stdin=pipe, stdout=pipe, stderr=pipe)
+
+
+class Wire(threading.Thread):
+    """Sends frames on an interface all the time, and takes what comes back; for a guest that echoes them."""
+
+    def __init__(self, ifname: str, pause_s: float = 0) -> None:
+        super().__init__()
+        self.ended = False
+        self._pause_s = pause_s
+        self.sent: list[bytes] = []
+        self.heard: list[bytes] = []
+        self._wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+        self._wire.bind((ifname, TYPE_LOCAL))
+        self._wire.settimeout(0.05)
+        self.start()
+
+    def run(self) -> None:
+        """Until `stop`."""
+        while not self.ended:
+            self.sent.append(local_frame(len(self.sent), 60 + len(self.sent) % 1400))
+            self._wire.send(self.sent[-1])
+            with suppress(TimeoutError):
+                self.heard.append(self._wire.recv(65536))
+            time.sleep(self._pause_s)
+
+    def stop(self, other: Wire | None = None) -> None:
+        """End it; every frame that came back was sent here, or on `other` before the copy was made: whole, and once."""
+        self.ended = True
+        self.join()
+        with suppress(TimeoutError):
+            while True:
+                self.heard.append(self._wire.recv(65536))
+        self._wire.close()
+        heard = [each[12:] for each in self.heard]
+        known = {each[12:] for each in [*self.sent, *(other.sent if other is not None else ())]}
+        assert not {*heard} - known and len(heard) == len({*heard})
+
+
+@pytest.mark.parametrize("irq", [0, 1])
+def test_frames_in_the_middle_of_a_snapshot(namespace: None, images: Path, irq: int, tmp_path: Path) -> None:
+    """A guest that echoes frames is copied again and again: each goes on with a tap of its own, to the last frame."""
+    count = 400
+    boot = BootConfig(str(images / "net.elf"), cmdline=f"mode=echo irq={irq} count={count}")
+    tap = Tap()
+    with Pc(boot, memory="32M", memfd=True, devices=[Net(tap, mac=MAC)]) as vm:
+        vm.start()
+        wire = Wire(tap.ifname, 0.002)
+        copies = []
+        try:
+            for lap in range(4):
+                wait_for(lambda lap=lap: len(wire.heard) > 10 * (lap + 1))
+                if lap % 2:
+                    copies.append(vm.fork(attach=lambda copy: copy.find(Net)[0].plug(Tap())))
+                else:
+                    vm.save(str(tmp_path / "vm"))
+                    copies.append(restore_file(tmp_path / "vm"))
+            assert vm.running
+            for copy in copies:
+                echo_to_the_end(copy, count, wire)
+            assert vm.wait(SECONDS) == Outcome("DEBUG_EXIT", 0)
+            assert f"net: {count} frames of" in vm.console.text
+        finally:
+            wire.stop()
+            for copy in copies:
+                copy.close()
+    assert len(wire.heard) == count
+
+
+def echo_to_the_end(copy: Pc, count: int, other: Wire) -> None:
+    """Send frames to a copy until it has had all that it wants."""
+    (net,) = copy.find(Net)
+    copy.start()
+    wire = Wire(net.backend.ifname)
+    try:
+        assert copy.wait(SECONDS) == Outcome("DEBUG_EXIT", 0), copy.console.text
+    finally:
+        wire.stop(other)
+    assert f"net: {count} frames of" in copy.console.text
+    assert 0 < len(wire.heard) < count
+
+
+def test_a_tap_by_name_and_none(namespace: None, images: Path, tmp_path: Path) -> None:
+    """A file makes the interface of the same name again, or says that it is in use; it can be left out as well."""
+    boot = BootConfig(str(images / "net.elf"), cmdline="mode=echo count=2")
+    with Pc(boot, memory="16M", devices=[Net(Tap("mine"), mac=MAC)]) as vm:
+        vm.start()
+        exchange("mine", [local_frame(0, 60)])
+        vm.save(str(tmp_path / "vm"))
+        with pytest.raises(ConfigError, match="another program has it open"):
+            restore_file(tmp_path / "vm")
+        with restore_file(tmp_path / "vm", net=[None]) as alone:
+            assert alone.run(0.2).kind == "TIMEOUT" and not alone.find(Net)[0].is_up
+    with restore_file(tmp_path / "vm") as vm:
+        vm.start()
+        revive("mine", local_frame(1, 61))
+        assert vm.wait(SECONDS) == Outcome("DEBUG_EXIT", 0)
