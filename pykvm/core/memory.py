@@ -101,16 +101,21 @@ class GuestMemory:
                 raise ConfigError("memory", f"slot {name} [{gpa:#x}, {gpa + size:#x}) overlaps {other}")
         fd = -1
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | lib.MAP_NORESERVE
+        shared = self.memfd and not frozen
+        huge = shared and self.hugepages and size % HUGE_PAGE_SIZE == 0  # a firmware's few pages are not
         try:
-            if self.memfd and not frozen:
-                fd = os.memfd_create(f"pykvm-{name}", os.MFD_CLOEXEC | (os.MFD_HUGETLB if self.hugepages else 0))
+            if shared:
+                fd = os.memfd_create(f"pykvm-{name}", os.MFD_CLOEXEC | (os.MFD_HUGETLB if huge else 0))
                 os.ftruncate(fd, size)
-                flags = mmap.MAP_SHARED | lib.MAP_NORESERVE
+                # hugetlbfs pages are reserved: one that is missing at its first access would be SIGBUS
+                flags = mmap.MAP_SHARED | (0 if huge else lib.MAP_NORESERVE)
             backing = mmap.mmap(fd, size, flags)
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
-            raise ConfigError("memory", f"cannot map {size >> 20} MiB for {name}: {error.strerror}") from error
+            what = f"{size >> 20} MiB {'in huge pages ' if huge else ''}for {name}: {error.strerror}"
+            advice = f": sudo sysctl vm.nr_hugepages={size // HUGE_PAGE_SIZE}, or more" if huge else ""
+            raise ConfigError("memory", f"cannot map {what}{advice}") from error
         if self.hugepages and not self.memfd:
             backing.madvise(mmap.MADV_HUGEPAGE)
         index = max((slot.index for slot in self.slots), default=-1) + 1
