@@ -118,7 +118,11 @@ OPTIONS = (
     ),
     Option("--pmem", "FILE[,ro]", "FILE as persistent memory: /dev/pmem0 in Linux, for DAX; repeatable", many=True),
     Option("--virtio-cmdline", "", "announce virtio devices on the kernel's command line instead of by ACPI"),
-    Option("--save", "FILE", "Ctrl-A w and SIGUSR1 save the machine to FILE, for pykvm restore"),
+    Option(
+        "--save",
+        "FILE",
+        "Ctrl-A w and SIGUSR1 save the machine to FILE, for pykvm restore; Ctrl-A q and SIGUSR2 end it then",
+    ),
     Option("--timeout", "S", "stop after S seconds with status 124", convert=parse_seconds),
     Option("--trace", "FILE", "record every exit; `pykvm trace` shows, sums and exports FILE"),
     Option("--stats", "", "print exit statistics at the end"),
@@ -362,8 +366,8 @@ def _wait(pc: Pc, timeout: float | None, saver: Saver | None) -> Outcome:
             from pykvm.control.status import serve
 
             published = serve(pc) or True
-        if saver is not None:
-            saver.work(pc)
+        if saver is not None and saver.work(pc):
+            return Outcome("STOPPED", detail="saved")
     return Outcome("TIMEOUT", detail=f"after {timeout:g} s")
 
 

@@ -18,6 +18,7 @@ from test_networks import MAC, TYPE_LOCAL, exchange, local_frame, namespace, rev
 
 from pykvm import BootConfig, ConfigError, Outcome, Pc, restore_file
 from pykvm.virtio.balloon import Balloon
+from pykvm.virtio.blk import Disk
 from pykvm.virtio.console import Console, ConsolePort
 from pykvm.virtio.net import Net
 from pykvm.virtio.tap import Tap
@@ -67,7 +68,7 @@ def finish(copy: Pc, before: bytes, whole: bytes) -> None:
 
 
 def saved_by_signal(path: Path, place: str) -> None:
-    """Start the guest, wait until it is ready, save it by SIGUSR1 and end it."""
+    """Start the guest, wait until it is ready, and have it saved and ended by SIGUSR2."""
     process = spawn("--save", path, "--console", place, "--debug-exit", "--mem", "16M", GUEST)
     assert process.stdout is not None
     if place == "stdio":
@@ -76,11 +77,9 @@ def saved_by_signal(path: Path, place: str) -> None:
     else:
         log = Path(place.removeprefix("file:"))
         wait_for(lambda: log.exists() and log.read_text() == SIZELESS)
-    process.send_signal(signal.SIGUSR1)
-    wait_for(path.exists)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=SECONDS)
-    assert process.returncode == 128 + signal.SIGTERM
+    process.send_signal(signal.SIGUSR2)
+    _, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0 and said.decode() == f"pykvm: saved 16 MiB of guest to {path}\n"
 
 
 def test_the_same_ends_again(tmp_path: Path) -> None:
@@ -220,3 +219,15 @@ def test_a_tap_by_name_and_none(namespace: None, images: Path, tmp_path: Path) -
         vm.start()
         revive("mine", local_frame(1, 61))
         assert vm.wait(SECONDS) == Outcome("DEBUG_EXIT", 0)
+
+
+def test_a_disk_by_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is restored from another folder than the one that its disk was named in."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "disk.img").write_bytes(bytes(1 << 16))
+    monkeypatch.chdir(tmp_path)
+    with Pc(GUEST, memory="16M", devices=[Disk("disk.img", readonly=True)]) as vm:
+        vm.save("vm")
+    monkeypatch.chdir("there")
+    with restore_file("../vm") as vm:
+        assert vm.find(Disk)[0].capacity == 128
