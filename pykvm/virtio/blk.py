@@ -7,7 +7,6 @@ request without room for its status is a driver's fault.
 
 from __future__ import annotations
 
-import errno
 import os
 import struct
 
@@ -15,15 +14,15 @@ from pykvm import log
 from pykvm._native import ffi, lib
 from pykvm.core.state import U64, Row, Shape
 from pykvm.errors import ConfigError, SnapshotError
+from pykvm.virtio.blkplane import BlkPlane
 from pykvm.virtio.chain import slices
 from pykvm.virtio.device import VirtioDevice
 from pykvm.virtio.diskfile import SECTOR, DiskFile
 from pykvm.virtio.fault import DriverFault
-from pykvm.virtio.native import NativeLock, NativeQueue, interrupt_of
+from pykvm.virtio.native import NativeLock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pykvm._native import CData
     from pykvm.core.memimage import SlotImage
     from pykvm.virtio.chain import Chain
     from pykvm.virtio.mmio import VirtioMmio
@@ -31,9 +30,7 @@ if TYPE_CHECKING:
     from pykvm.virtio.rate import RateLimit
 
 QUEUE_SIZE = 256
-NOT_DONE = (errno.EAGAIN, errno.ECANCELED, errno.EINTR)  # of a flush: as if it had not been asked for
 MAX_QUEUES = 16
-POLL_NS = 50_000  # the longest time for which an empty queue is watched, where there is a CPU to spare
 HEADER = struct.Struct("<IIQ")  # struct virtio_blk_outhdr
 SEGMENT = struct.Struct("<QII")  # struct virtio_blk_discard_write_zeroes
 ID_BYTES = lib.VIRTIO_BLK_ID_BYTES
@@ -124,8 +121,7 @@ class Disk(VirtioDevice):
         self._requests = dict.fromkeys(NAMES, 0)
         self._said: set[str] = set()
         self._config = self._make_config()
-        self._plane: CData = ffi.new("struct pk_blk *")
-        self._plane_queues: list[CData] = []
+        self.plane = BlkPlane()
 
     def _open(self, readonly: bool, direct: bool, overlay: bool) -> DiskFile:
         if not overlay:
@@ -139,36 +135,20 @@ class Disk(VirtioDevice):
         """How many requests of each kind were served."""
         counts = {NAMES[kind]: count for kind, count in self._requests.items()}
         for name, count in (("read", "reads"), ("write", "writes"), ("flush", "flushes")):
-            counts[name] += int(getattr(self._plane, count))
+            counts[name] += int(getattr(self.plane.state, count))
         return counts
 
     @property
     def in_flight(self) -> int:
         """How many requests the host has begun with, one beside the other."""
-        return int(self._plane.in_flight)
+        return int(self.plane.state.in_flight)
 
     def bind(self, transport: VirtioMmio) -> None:
         """Let C serve the queues, unless a rate limit has to be kept to."""
         super().bind(transport)
         if not isinstance(transport.lock, NativeLock) or self.limit is not None:
             return
-        plane = self._plane
-        plane.lock, plane.fd, plane.sectors = transport.lock.handle, self.file.fd, self.capacity
-        plane.readonly = self.file.readonly
-        plane.parallel = lib.PK_BLK_ALL if self.file.direct else lib.PK_BLK_MISSES
-        plane.unit = self.file.block_size if self.file.direct else 1
-        interrupt_of(transport, plane.interrupt)
-        plane.ended = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        lib.pk_blk_init(plane)
-        self.io.add_reader(plane.ended, self._on_ended)
-        self.io.add_handler(plane.ended, ffi.addressof(plane, "handler"))
-        for queue, kick in zip(self.queues, transport.kicks, strict=True):
-            assert isinstance(queue, NativeQueue)
-            entry = ffi.new("struct pk_blk_queue *", {"disk": plane, "queue": queue.state, "kick": kick})
-            lib.pk_blk_queue_init(entry)
-            entry.poll.max_ns = POLL_NS if len(os.sched_getaffinity(0)) > 1 else 0
-            self._plane_queues.append(entry)
-            self.io.add_handler(kick, ffi.addressof(entry, "handler"))
+        self.plane.bind(transport, self.file, self.capacity, self._on_ended)
 
     def _make_config(self) -> bytes:
         """The configuration space (5.2.4)."""
@@ -194,34 +174,30 @@ class Disk(VirtioDevice):
 
     def activate(self, features: int) -> None:
         """Without VIRTIO_BLK_F_FLUSH the driver never flushes: each write is on stable storage by itself (5.2.6.2)."""
-        self._plane.write_through = not features & _bits("FLUSH")
-        self._plane.active = 1
+        self.plane.state.write_through = not features & _bits("FLUSH")
+        self.plane.state.active = 1
 
     def stop(self) -> None:
         """Nothing is served until a reset."""
-        self._plane.active = 0
+        self.plane.state.active = 0
 
     def reset(self) -> None:
         """Nothing is in flight afterwards, and nothing writes guest memory any more."""
-        lib.pk_blk_abandon(self._plane)
+        lib.pk_blk_abandon(self.plane.state)
 
     def close(self) -> None:
         """Close the image."""
-        if self._plane_queues:
-            with self.transport.lock:
-                lib.pk_blk_deinit(self._plane)
-            self._plane_queues.clear()
-            self.io.remove_reader(self._plane.ended)
-            os.close(self._plane.ended)
+        if self.plane.serving:
+            self.plane.close(self.transport)
         self.file.close()
 
     def on_notify(self, queue: Virtqueue) -> None:
         """Serve a queue by C, and by Python the requests that C leaves."""
-        if not self._plane_queues:
+        if not self.plane.serving:
             super().on_notify(queue)
             return
         for _ in range(queue.size):
-            verdict = lib.pk_blk_serve(self._plane_queues[queue.index])
+            verdict = self.plane.serve(queue.index)
             if verdict != lib.PK_BLK_PYTHON:
                 break
             chain = queue.pop()
@@ -233,22 +209,14 @@ class Disk(VirtioDevice):
 
     def _on_ended(self) -> None:
         """Requests ended that C had going on beside others: do those again that failed."""
-        try:
-            os.eventfd_read(self._plane.ended)
-        except BlockingIOError:  # C was here
-            pass
         with self.transport.lock:
-            lib.pk_blk_complete(self._plane)
+            self.plane.complete()
             if self.transport.live:
                 self.transport.guarded(self._do_again)
 
     def _do_again(self) -> None:
-        failed = ffi.new("struct pk_blk_failed *")
-        while lib.pk_blk_take_failed(self._plane, failed):
-            if failed.type == lib.VIRTIO_BLK_T_FLUSH and failed.error not in NOT_DONE:
-                self._plane.flush_error = failed.error
-            (queue,) = (each for each in self.queues if isinstance(each, NativeQueue) and each.state == failed.queue)
-            chain = queue.again(failed.head)
+        for queue, head in self.plane.failed(self.queues):
+            chain = queue.again(head)
             queue.push(chain, self.on_request(queue, chain))
             self.transport.interrupt(queue)
 
@@ -256,7 +224,7 @@ class Disk(VirtioDevice):
 
     def settle(self) -> None:
         """Finish what is in flight."""
-        lib.pk_blk_settle(self._plane)
+        lib.pk_blk_settle(self.plane.state)
         if self.transport.live:
             self._do_again()
 
@@ -337,7 +305,7 @@ class Disk(VirtioDevice):
             data = slices(chain.readable, HEADER.size)
             self._check_writable()
             offset = self._offset(sector, chain.readable_size - HEADER.size)
-            self.file.write(data, offset, sync=bool(self._plane.write_through))
+            self.file.write(data, offset, sync=bool(self.plane.state.write_through))
         elif kind == lib.VIRTIO_BLK_T_FLUSH:
             self._flush()
         elif kind == lib.VIRTIO_BLK_T_GET_ID:
@@ -349,8 +317,7 @@ class Disk(VirtioDevice):
         self._requests[kind] += 1
 
     def _flush(self) -> None:
-        error, self._plane.flush_error = self._plane.flush_error, 0
-        if error:  # C heard of it, and the kernel tells it only once
+        if error := self.plane.take_flush_error():
             raise OSError(error, os.strerror(error))
         self.file.flush()
 
@@ -385,7 +352,7 @@ class Disk(VirtioDevice):
                 self.file.write_zeroes(offset, length, unmap=unmap)
             else:
                 self.file.discard(offset, length)
-        if self._plane.write_through:
+        if self.plane.state.write_through:
             self.file.flush()
 
     def _failed(self, kind: int, error: OSError | _Refused) -> int:

@@ -73,7 +73,7 @@ def start(drive: Callable[[Disk], Driver], request: pytest.FixtureRequest) -> Ca
     def make(path: Path, features: int | None = None, **options: Any) -> Driver:
         driver = drive(Disk(path, **{"native": request.param != "python"} | options))
         if request.param in PARALLEL:
-            disk(driver)._plane.parallel = PARALLEL[request.param]
+            disk(driver).plane.state.parallel = PARALLEL[request.param]
         driver.start(features)
         return driver
 
@@ -312,7 +312,7 @@ def test_failing_flush(start: Start, image: Path, monkeypatch: pytest.MonkeyPatc
 def test_failing_flush_in_c(start: Start, image: Path, said: list[dict[str, object]]) -> None:
     """An error that the kernel told C is not lost on its way to Python, where a second try would succeed."""
     driver = start(image)
-    plane, whole = disk(driver)._plane, disk(driver).file.fd
+    plane, whole = disk(driver).plane.state, disk(driver).file.fd
     reading, writing = os.pipe()
     plane.fd = reading  # fdatasync says EINVAL
     expected = IOERR if plane.lock else OK
@@ -455,7 +455,7 @@ def test_hostile_rings_end_in_a_reset_at_most(
 ) -> None:
     """Whatever is in the rings, the device answers or asks for a reset, and works after one; nothing is raised."""
     driver = Driver(Disk(image, native=native != "python"))
-    disk(driver)._plane.parallel = PARALLEL.get(native, lib.PK_BLK_MISSES)
+    disk(driver).plane.state.parallel = PARALLEL.get(native, lib.PK_BLK_MISSES)
     (queue,) = driver.start(size=SMALL)
     for at, (kind, sector) in enumerate(headers):
         driver.memory.write(RINGS + 0x6000 + 16 * at, header(kind, sector))

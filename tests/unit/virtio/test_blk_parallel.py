@@ -47,7 +47,7 @@ class Slow:
         self.driver = driver
         assert isinstance(driver.transport.device, Disk)
         self.disk = driver.transport.device
-        self.plane = self.disk._plane
+        self.plane = self.disk.plane.state
         self.plane.parallel = lib.PK_BLK_ALL
         driver.start()
         self.end, self.source = os.pipe()
