@@ -41,10 +41,10 @@ struct pk_blk {
     uint64_t reads, writes, flushes;
     struct pk_interrupt interrupt;
     int ended; /* an eventfd: requests in the ring have ended, or there are some for pk_blk_take_failed */
-    uint8_t parallel;     /* PK_BLK_*; falls to PK_BLK_SERIAL where there is no io_uring */
-    uint8_t no_nowait;    /* the file system does not know RWF_NOWAIT */
-    uint32_t in_flight;   /* requests in the ring */
-    struct pk_uring ring; /* from the first of them on: then its entries are not 0 */
+    uint8_t parallel;            /* PK_BLK_*; falls to PK_BLK_SERIAL where there is no io_uring */
+    uint8_t no_nowait;           /* the file system does not know RWF_NOWAIT */
+    uint32_t in_flight, writing; /* requests in the ring; writes and flushes of them */
+    struct pk_uring ring;        /* from the first of them on: then its entries are not 0 */
     struct pk_blk_io *failed;
 };
 

@@ -68,6 +68,7 @@ int pk_blk_begin(struct pk_blk_queue *queue, const struct pk_chain *chain, const
     fill_in(sqe, disk, move, io->chain.iov + (move->iov - chain->iov));
     sqe->user_data = (uintptr_t)io;
     disk->in_flight++;
+    disk->writing += io->type != VIRTIO_BLK_T_IN;
     return 0;
 }
 
@@ -88,6 +89,7 @@ static void fail(struct pk_blk *disk, struct pk_blk_io *io, int error) {
  */
 static void finish(struct pk_blk *disk, struct pk_blk_io *io, int32_t result) {
     disk->in_flight--;
+    disk->writing -= io->type != VIRTIO_BLK_T_IN;
     if (disk->active && result != (int64_t)io->bytes) {
         fail(disk, io, result < 0 ? -result : 0);
         return;
@@ -122,6 +124,8 @@ int pk_blk_watch(struct pk_blk_queue *queue) {
     const struct pk_uring *ring = &queue->disk->ring;
     if (!queue->disk->in_flight)
         return pk_queue_poll(queue->queue, &queue->poll, NULL, 0);
+    if (queue->disk->writing)
+        return PK_EMPTY; /* the kernel ends writes in a thread of its own, which wants a CPU as well */
     return pk_queue_poll(queue->queue, &queue->poll, ring->cq_tail, *ring->cq_head);
 }
 
