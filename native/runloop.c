@@ -31,6 +31,10 @@ int pk_vcpu_init(struct pk_vcpu *vcpu, int fd, size_t run_size, size_t coalesced
     }
     vcpu->fd = fd;
     vcpu->run_size = run_size;
+    /* the vCPU may have had another life (core.spare) */
+    vcpu->run->immediate_exit = 0;
+    vcpu->run->request_interrupt_window = 0;
+    vcpu->run->kvm_valid_regs = vcpu->run->kvm_dirty_regs = 0;
     if (coalesced_offset)
         vcpu->coalesced = (void *)((uint8_t *)vcpu->run + coalesced_offset);
     return 0;

@@ -33,10 +33,11 @@ from pykvm.x86.platform import Platform
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import TypeVar
+    from typing import Any, TypeVar
 
     from pykvm.core.device import Device
     from pykvm.core.memimage import SlotImage
+    from pykvm.core.spare import Spare
     from pykvm.kvm.system import Kvm
     from pykvm.virtio.balloon import Balloon
     from pykvm.virtio.device import VirtioDevice
@@ -79,7 +80,7 @@ class Pc(Machine):
     testdev       the PC test device that kernel test suites drive
     devices       virtio devices, each on a virtio-mmio transport of its own (see `virtio`)
     virtio_cmdline   announce them on the kernel's command line instead of by ACPI
-    config, options, image   as for Machine; with an image nothing is loaded
+    config, options, image, spare   as for Machine; with an image nothing is loaded
 
     Raises what Machine raises, and ImageError for a file that cannot be booted.
     """
@@ -96,13 +97,14 @@ class Pc(Machine):
         virtio_cmdline: bool = False,
         kvm: Kvm | None = None,
         image: Sequence[SlotImage] = (),
+        spare: Spare | None = None,
         **options: object,
     ) -> None:
         self._memory_devices = [device for device in devices if device.memory_size]
         if any(device.shared_memory for device in devices):
             config = config or MachineConfig(**options)  # type: ignore[arg-type]
             config.memfd = True  # their back ends map guest memory
-        super().__init__(config, kvm=kvm, image=image, **options)
+        super().__init__(config, kvm=kvm, image=image, spare=spare, **options)
         self._options = {
             "serial_ports": serial_ports,
             "debug_exit": bool(debug_exit),
@@ -149,8 +151,8 @@ class Pc(Machine):
                 device.close()
             raise
 
-    def similar(self, image: Sequence[SlotImage]) -> Pc:
-        """A new PC with the same devices over this memory, its vCPUs as after power-on (see `fork`)."""
+    def similar(self, image: Sequence[SlotImage], spare: Spare | None = None) -> Pc:
+        """A new PC with the same devices over this memory, its vCPUs in no certain state (see `fork`)."""
         devices: list[VirtioDevice] = []
         try:
             for transport in self.virtio:
@@ -159,7 +161,8 @@ class Pc(Machine):
             for device in devices:
                 device.close()
             raise
-        twin = Pc(self.boot_config, self.config, image=image, devices=devices, **self._options)  # type: ignore[arg-type]
+        options: dict[str, Any] = self._options
+        twin = Pc(self.boot_config, self.config, image=image, spare=spare, devices=devices, **options)
         twin.boot = self.boot
         return twin
 

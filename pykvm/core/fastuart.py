@@ -26,7 +26,7 @@ class FastUart:
     def on_bytes(self, flush: Callable[[], object]) -> None:
         """Call `flush` on the I/O thread when the ring stops being empty: at once, or BATCH_S after the last time.
 
-        It is at once as long as somebody waits for what the guest prints.
+        It is at once as long as somebody waits for what the guest prints. Vcpu.run_once needs no thread for it.
         """
         io, eventfd, console = self._machine.io, self._ring.eventfd, self._machine.console
         next_flush = 0.0
@@ -44,7 +44,7 @@ class FastUart:
             else:
                 take()
 
-        io.add_reader(eventfd, wake)
+        io.add_reader(eventfd, wake, idle=True)
         self._machine.on_close.append(lambda: io.remove_reader(eventfd))
 
     def enable_tx(self, on: bool) -> None:

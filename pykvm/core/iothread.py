@@ -88,9 +88,26 @@ class IoThread:
             self._wake()
         return timer
 
-    def add_reader(self, fd: int, callback: Callback) -> None:
-        """Run `callback` whenever `fd` is readable (level-triggered), at its end of file, and when it is broken."""
-        self._watch(fd, self._readers, callback)
+    def add_reader(self, fd: int, callback: Callback, *, idle: bool = False) -> None:
+        """Run `callback` whenever `fd` is readable (level-triggered), at its end of file, and when it is broken.
+
+        `idle`: not before the thread is started for something else, or by `start`.
+        """
+        if idle and self._thread is None:
+            self._readers[fd] = callback
+        else:
+            self._watch(fd, self._readers, callback)
+
+    @property
+    def started(self) -> bool:
+        """Whether there is a thread."""
+        return self._thread is not None
+
+    def start(self) -> None:
+        """Start the thread for readers that wait for it, if there are any."""
+        if self._readers and self._thread is None:
+            with self._lock:
+                self._start()
 
     def remove_reader(self, fd: int) -> None:
         """Forget `fd` as a reader, and its handler; call this before closing it, without its device's lock."""
@@ -161,7 +178,8 @@ class IoThread:
             self._native = ffi.gc(native, lib.pk_io_free)
             self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
             self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            self._epoll.register(self._wake_fd, select.EPOLLIN)
+            for fd in (self._wake_fd, *self._readers):
+                self._epoll.register(fd, select.EPOLLIN)
             self._thread = threading.Thread(target=self._main, name=self._name, daemon=True)
             self._thread.start()
 

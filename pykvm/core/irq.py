@@ -50,6 +50,12 @@ class IrqController:
         elif level:
             self.lost += 1
 
+    def lower(self) -> None:
+        """Take away every level that was ever driven: KVM keeps them apart from what its irqchip saves."""
+        for gsi, level in list(self._requests):
+            if level:
+                self.drive(gsi, False)
+
     def _request(self, gsi: int, level: bool) -> CData:
         request = self._requests.get((gsi, level))
         if request is None:

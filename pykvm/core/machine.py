@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from pykvm.core.device import Device, IrqLine
     from pykvm.core.memimage import SlotImage
     from pykvm.core.memory import Slot
+    from pykvm.core.spare import Spare
     from pykvm.kvm.vm import VmFd
     from pykvm.testing.talk import Talk
 
@@ -64,7 +65,8 @@ class Machine(Debugging, Driving, Snapshots):
     ...     vm.run(timeout=1)
     <Outcome HALTED>
 
-    Takes a MachineConfig, or its options as keywords; `image` is memory that a snapshot has.
+    Takes a MachineConfig, or its options as keywords; `image` is memory that a snapshot has, `spare` what another fork
+    of the same snapshot has left.
     Raises KvmUnavailable, KvmError, ConfigError.
     """
 
@@ -74,6 +76,7 @@ class Machine(Debugging, Driving, Snapshots):
         *,
         kvm: Kvm | None = None,
         image: Sequence[SlotImage] = (),
+        spare: Spare | None = None,
         **options: object,
     ) -> None:
         self.config = config or MachineConfig(**options)  # type: ignore[arg-type]
@@ -91,6 +94,7 @@ class Machine(Debugging, Driving, Snapshots):
         self.on_reset: list[Callable[[], object]] = []
         self.on_close: list[Callable[[], object]] = []
         self.on_end: list[Callable[[], object]] = []  # called under `_changed` when a run ends or is paused: only wake
+        self.heir: Callable[[Machine], bool] | None = None  # True: it took memory, VM and vCPUs of the closing machine
         self.keep_crash: Callable[[Vcpu, Outcome], bool] | None = None  # True: a debugger keeps the crashed guest
         self._control = threading.RLock()
         self._changed = threading.Condition()
@@ -101,16 +105,18 @@ class Machine(Debugging, Driving, Snapshots):
         self._pid = os.getpid()
         self._vm: VmFd | None = None
         self._owns_kvm = kvm is None
-        self.kvm = kvm or Kvm()
+        self.kvm = kvm or (Kvm() if spare is None else spare.kvm)
         self._halt_watch = HaltWatch(self)
         self._runners: Sequence[Vcpu] | None = None  # None: all; else a debugger lets only these run
         try:
-            if image:
+            if spare is not None:
+                self.memory.adopt(spare.slots)
+            elif image:
                 for each in image:
                     self.memory.add_image(each)
             else:
                 self._add_ram()
-            self._connect()
+            self._connect(spare)
         except BaseException:
             self.close()
             raise
@@ -124,17 +130,28 @@ class Machine(Debugging, Driving, Snapshots):
         if self.config.memory > low:
             self.memory.add(layout.HIGH_RAM, self.config.memory - low, name="ram-high")
 
-    def _connect(self) -> None:
+    def _connect(self, spare: Spare | None = None) -> None:
         """Make the KVM side of the machine: VM, slots, vCPUs."""
-        self._vm = create_vm(self.kvm, self.config, self.memory.slots)
+        if spare is not None:
+            self._vm = spare.connect(self)
+        else:
+            self._vm = create_vm(self.kvm, self.config, self.memory.slots)
+            create_vcpus(self._vm, self.kvm, self.config, self.vcpus)
+        for handle in (self._vm, *(vcpu.fd for vcpu in self.vcpus)):
+            handle.issued.clear()  # from here on it is of interest, see core.spare
         self.irqs.connect(self._vm)
-        create_vcpus(self._vm, self.kvm, self.config, self.vcpus)
         for hook in self.on_connect:
             hook(self._vm)
 
-    def similar(self, image: Sequence[SlotImage]) -> Machine:
-        """A new machine of the same description over this memory, its vCPUs as after power-on (see `fork`)."""
-        return Machine(self.config, image=image)
+    def similar(self, image: Sequence[SlotImage], spare: Spare | None = None) -> Machine:
+        """A new machine of the same description over this memory, its vCPUs in no certain state (see `fork`)."""
+        return Machine(self.config, image=image, spare=spare)
+
+    def give_vm(self) -> int:
+        """The VM's file descriptor, which is the caller's to close, with /dev/kvm's."""
+        vm, self._vm, self._owns_kvm = self.vm, None, False
+        number, vm.fd = vm.fd, -1
+        return number
 
     def _disconnect(self) -> None:
         fds = [fd for vcpu in self.vcpus for fd in vcpu.disconnect()]
@@ -253,6 +270,7 @@ class Machine(Debugging, Driving, Snapshots):
         """Run the guest on the vCPUs' threads; returns at once. A machine that runs already goes on."""
         with self._control:
             self.vm.check_owner()
+            self.io.start()
             with self._changed:
                 self._active = True
                 self._outcome = self._error = None
@@ -357,7 +375,8 @@ class Machine(Debugging, Driving, Snapshots):
         if self._closed:
             return
         self._closed = True
-        if os.getpid() == self._pid:
+        ours = os.getpid() == self._pid
+        if ours:
             self._end_threads()
         for hook in self.on_close:
             hook()
@@ -365,7 +384,8 @@ class Machine(Debugging, Driving, Snapshots):
             close = getattr(device, "close", None)
             if close is not None:
                 close()
-        self._disconnect()
+        if self.heir is None or self._vm is None or not ours or not self.heir(self):
+            self._disconnect()
         self.actions.close()
         self.memory.close()
         if self._owns_kvm:

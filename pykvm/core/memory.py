@@ -66,6 +66,17 @@ class Slot:
         if fd >= 0:
             os.close(fd)
 
+    def abandon(self) -> bool:
+        """Release `view`; whether nobody has another view, which would see what the memory is used for next."""
+        try:
+            self.view.release()
+            self.map.resize(-1)  # no size at all, but views are looked for first
+        except BufferError:
+            return False
+        except ValueError:
+            return True
+        return False
+
     def __repr__(self) -> str:
         ro = " ro" if self.readonly else ""
         return f"<Slot {self.index} {self.name} [{self.gpa:#x}, {self.end:#x}){ro}>"
@@ -132,6 +143,19 @@ class GuestMemory:
         slot = self.add(image.gpa, image.size, name=image.name, readonly=image.readonly, frozen=True)
         install(slot, image)
         return slot
+
+    def give(self) -> list[Slot]:
+        """Every slot, not this object's any more (abandoned before): for another one's `adopt`."""
+        slots, self.slots = self.slots, []
+        return slots
+
+    def adopt(self, slots: list[Slot]) -> None:
+        """Have these slots of an object that is of no use any more."""
+        for old in slots:
+            slot = Slot(old.index, old.gpa, old.size, old.map, old.name, old.readonly, -1)
+            slot.image = old.image
+            self.slots.append(slot)
+        self.publish()
 
     def remove(self, slot: Slot) -> None:
         """Unmap a slot that KVM no longer knows."""

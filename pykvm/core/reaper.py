@@ -8,6 +8,7 @@ bounded, so thousands of machines cannot pile up: then close() waits its turn.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 
 MAX_PENDING = 64
@@ -61,7 +62,8 @@ def _current() -> _Reaper:
 
 def close_later(fds: list[int]) -> None:
     """Close these file descriptors, in order, soon."""
-    _current().close_later(fds)
+    if not sys.is_finalizing():  # the threads are gone then, one of them perhaps with the lock; the kernel closes all
+        _current().close_later(fds)
 
 
 def drain() -> None:

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
     from pykvm._native import CData
     from pykvm.core.bus import Bus
+    from pykvm.core.console import Console
     from pykvm.core.exits import Hooks
+    from pykvm.core.iothread import IoThread
     from pykvm.core.memory import GuestMemory
     from pykvm.kvm.vcpu import VcpuFd
     from pykvm.x86.segments import CpuState
@@ -43,7 +45,9 @@ if TYPE_CHECKING:
         """What a vCPU needs of its machine."""
 
         bus: Bus
+        console: Console
         hooks: Hooks
+        io: IoThread
         coalesced_lock: threading.Lock
         memory: GuestMemory
 
@@ -51,6 +55,7 @@ if TYPE_CHECKING:
         def vcpu_stopped(self, vcpu: Vcpu, outcome: Outcome | None, error: BaseException | None) -> None: ...
 
 
+MOST_SETTLES = 64  # an access in parts has fewer
 KICK_SIGNAL_OFFSET = 3  # SIGRTMIN + 3: the first ones belong to the C library and to debuggers by habit
 LOST_PAGE = (errno.EFAULT, lib.EHWPOISON)  # of KVM_RUN: memory that is not there
 MASKS = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFFFFFF, 8: 0xFFFFFFFFFFFFFFFF}
@@ -339,6 +344,8 @@ class Vcpu:
         if self.before_run is not None and (outcome := self._prepare()) is not None:
             return Exit("DEBUG", self._settled(outcome))
         key = lib.pk_run(self.state)
+        if not self.owner.io.started:
+            self.owner.console.flush()
         if key == -errno.EINTR:
             return Exit("INTR", None)
         if key == KEY_COALESCED:
@@ -374,6 +381,12 @@ class Vcpu:
         """
         self._paused_fd()
         return self.owner.step_vcpu(self)
+
+    def discard_access(self) -> None:
+        """Let KVM forget an access that was never answered (a run that ended with it)."""
+        for _ in range(MOST_SETTLES):
+            if lib.pk_settle(self.state) < 0:
+                break
 
     def _settled(self, outcome: Outcome | None) -> Outcome | None:
         """`outcome`, after completing the access that gave it. After a crash kvm_run still has to say why: leave it."""

@@ -40,11 +40,17 @@ ADVICE = {
 class Handle:
     """A file descriptor of KVM, owned by the process that opened it. Closes once; a context manager."""
 
-    __slots__ = ("_pid", "fd")
+    __slots__ = ("_pid", "fd", "issued")
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self.issued: set[str] = set()  # the names of the ioctls that succeeded; who cares clears it
         self._pid = os.getpid()
+
+    @property
+    def foreign(self) -> bool:
+        """Whether this is a forked child of the process that opened it."""
+        return os.getpid() != self._pid
 
     def ioctl(self, name: str, argument: CData = ffi.NULL) -> int:
         """Issue the ioctl called `name` with a pointer; its non-negative result, or KvmError."""
@@ -56,6 +62,7 @@ class Handle:
 
     def _checked(self, name: str, result: int) -> int:
         if result >= 0:
+            self.issued.add(name)
             return result
         if self.fd < 0:
             raise MachineStateError(f"{name}: the file descriptor is closed")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pykvm._native import lib
 from pykvm.core.memimage import install, revert
 from pykvm.errors import KvmError, SnapshotError
 from pykvm.snapshot.cpu import VCPU_SHAPE, VM_SHAPE
@@ -15,12 +14,9 @@ if TYPE_CHECKING:
 
     from pykvm.core.device import Device
     from pykvm.core.machine import Machine
-    from pykvm.core.vcpu import Vcpu
     from pykvm.snapshot.state import Snapshot
 
     M = TypeVar("M", bound=Machine)
-
-MOST_SETTLES = 64  # an access in parts has fewer
 
 
 def restore(machine: Machine, snapshot: Snapshot) -> None:
@@ -36,12 +32,14 @@ def fork(machine: M, snapshot: Snapshot | None, attach: Callable[[M], object] | 
     """`Machine.fork`."""
     if snapshot is None:
         snapshot = take(machine)
-    child: M = machine.similar(snapshot.memory)  # type: ignore[assignment]
+    spare = snapshot.take_spare(machine.config)
+    child: M = machine.similar(snapshot.memory, spare)  # type: ignore[assignment]
     try:
         _copy_hooks(machine, child)
         if attach is not None:
             attach(child)
         put_state(child, snapshot, check(child, snapshot))
+        child.heir = snapshot.keep_spare
     except BaseException:
         child.close()
         raise
@@ -104,7 +102,7 @@ def _check_devices(machine: Machine, snapshot: Snapshot) -> list[tuple[Device, o
 
 def _restore(machine: Machine, snapshot: Snapshot, devices: list[tuple[Device, object]]) -> None:
     for vcpu in machine.vcpus:
-        _discard_access(vcpu)
+        vcpu.discard_access()
     traps = machine.planted_traps()
     if traps is not None:
         traps.lift_all()
@@ -117,13 +115,6 @@ def _restore(machine: Machine, snapshot: Snapshot, devices: list[tuple[Device, o
     if traps is not None:
         traps.plant_all()
     put_state(machine, snapshot, devices)
-
-
-def _discard_access(vcpu: Vcpu) -> None:
-    """Let KVM forget an access that was never answered (a run that ended with it)."""
-    for _ in range(MOST_SETTLES):
-        if lib.pk_settle(vcpu.state) < 0:
-            break
 
 
 def put_state(machine: Machine, snapshot: Snapshot, devices: list[tuple[Device, object]]) -> None:

@@ -176,11 +176,13 @@ class VcpuCalls:
                 fd.ioctl(name, data)
             except KvmError as error:
                 raise SnapshotError(f"this host's KVM does not take the vCPU's state: {error}") from None
+        issued = set(fd.issued)
         unknown = {index: value for index, value in self._values if index not in _refused}
         for index in fd.set_msrs(unknown):
             if fd.get_msrs([index]).get(index) != unknown[index]:
                 raise SnapshotError(f"this host's KVM does not take MSR {index:#x} = {unknown[index]:#x}")
             _refused.add(index)
+        fd.issued = issued  # what restores a snapshot is nothing that another restore would not undo (core.spare)
 
 
 def _struct(struct: str, raw: bytes) -> CData:

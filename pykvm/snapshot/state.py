@@ -8,7 +8,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pykvm.config import MachineConfig
+    from pykvm.core.machine import Machine
     from pykvm.core.memimage import SlotImage
+    from pykvm.core.spare import Spare
     from pykvm.core.state import State
     from pykvm.snapshot.cpu import VcpuCalls, VmCalls
 
@@ -45,6 +48,7 @@ class Snapshot:
         self.memory = tuple(memory)
         self.checked = identity is None  # taken by this process: nobody made it up
         self.file: tuple[str, int] | None = None  # where it is saved, and the checksum of the state there
+        self._spares: list[Spare] = []
         self._calls: tuple[VmCalls, list[VcpuCalls]] | None = None
 
     def calls(self) -> tuple[VmCalls, list[VcpuCalls]]:
@@ -54,6 +58,29 @@ class Snapshot:
 
             self._calls = VmCalls(self.vm.state), [VcpuCalls(part.state) for part in self.vcpus]
         return self._calls
+
+    # -- what closed forks leave to the next one: core.spare --------------------------------------------------------
+
+    def take_spare(self, config: MachineConfig) -> Spare | None:
+        """What a fork of this configuration can use, if there is any."""
+        for spare in list(self._spares):
+            if spare.fits(config):
+                try:
+                    self._spares.remove(spare)
+                except ValueError:  # another thread was faster
+                    continue
+                return spare
+        return None
+
+    def keep_spare(self, machine: Machine) -> bool:
+        """Take memory, VM and vCPUs of a fork that closes; whether it had anything to give, and there was room."""
+        from pykvm.core.spare import MAX_SPARES, park
+
+        spare = park(machine, self.memory) if len(self._spares) < MAX_SPARES else None
+        if spare is None:
+            return False
+        self._spares.append(spare)
+        return True
 
     @property
     def size(self) -> int:

@@ -24,7 +24,8 @@ TESTS = 1000
 QEMU_READY_S = 30
 NOTES = (
     "fork: Pc.fork(snapshot) of a PC with all its devices and a kernel irqchip, from the call to the exit that the "
-    "guest's first instruction makes, on the caller's thread; median of 100 in one process.",
+    "guest's first instruction makes, on the caller's thread; median of 100 in one process. Each is closed before the "
+    "next one, which has its KVM VM then; new VM: those before are still there.",
     "The first figure is the median of: fork; reset after 10 pages; one test; KiB (not us) of a fork; restore.",
     "reset: Pc.restore(snapshot) after so many pages were written since; what the guest writes next is a page fault "
     "of the host each, which is not in here.",

@@ -44,6 +44,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "pykvm.core.machine",
         "pykvm.core.vmsetup",
         "pykvm.core.snapshots",
+        "pykvm.core.spare",
         "pykvm.snapshot",
         "pykvm.debug",
         "pykvm.testing.call",

@@ -85,3 +85,21 @@ def test_what_epoll_refuses_is_forgotten(io: IoThread) -> None:
             with pytest.raises(PermissionError):
                 io.add_reader(file.fileno(), lambda: None)
         io.remove_reader(file.fileno())
+
+
+def test_an_idle_reader_waits_for_the_start(io: IoThread) -> None:
+    """It costs no thread; once there is one, it hears of what came before."""
+    heard = threading.Event()
+    fd = os.eventfd(1)
+
+    def on_event() -> None:
+        os.eventfd_read(fd)
+        heard.set()
+
+    io.add_reader(fd, on_event, idle=True)
+    assert not io.started
+    io.start()
+    assert io.started
+    assert heard.wait(5)
+    io.remove_reader(fd)
+    os.close(fd)
