@@ -36,8 +36,8 @@ def _rss_pages() -> int:
 
 
 def _settle() -> None:
+    gc.collect()  # a snapshot that goes may have VMs to close
     reaper.drain()
-    gc.collect()
 
 
 @pytest.mark.parametrize("irqchip", ["none", "split", "kernel"])
