@@ -212,6 +212,20 @@ def test_forks_under_disk_load(image: Path, mode: str) -> None:
     assert not any(image.read_bytes())
 
 
+@pytest.mark.usefixtures("images")
+def test_forks_with_requests_in_flight(image: Path) -> None:
+    """A guest with 32 reads past the page cache in flight is forked again and again: every copy gets them all."""
+    disk = Disk(image, readonly=True, direct=True)
+    with guests.pc("blk.elf", "count=4000 depth=32", devices=[disk], memfd=True) as vm:
+        copies = []
+        for _ in range(3):
+            assert vm.run(0.01).kind == "TIMEOUT"
+            copies.append(vm.fork())
+        for machine in (*copies, vm):
+            assert machine.run(60) == Outcome("DEBUG_EXIT", 0), machine.console.text
+            machine.close()
+
+
 def test_a_disk_that_would_not_be_kept(guest: str, image: Path) -> None:
     """A machine that writes to its image cannot be forked: one line says what to do."""
     with Pc(guest, memory="32M", devices=[Disk(image)]) as vm, pytest.raises(SnapshotError, match="give it overlay"):
