@@ -9,6 +9,8 @@
 /* One mapping; no completion is lost; work that blocks is done by threads that are this process's. */
 #define NEEDED (IORING_FEAT_SINGLE_MMAP | IORING_FEAT_NODROP | IORING_FEAT_NATIVE_WORKERS)
 
+enum { WORKERS = 64 };
+
 static int enter(struct pk_uring *ring, unsigned count, unsigned wait) {
     unsigned flags = wait ? IORING_ENTER_GETEVENTS : 0;
     long done = syscall(__NR_io_uring_enter, ring->fd, count, wait, flags, NULL, 0);
@@ -44,6 +46,12 @@ static int map_rings(struct pk_uring *ring, const struct io_uring_params *params
     return 0;
 }
 
+/* Threads for work that blocks: by default four for each CPU, which is little for a slow disk. Linux 5.15. */
+static void allow_workers(int fd) {
+    unsigned counts[2] = {WORKERS, 0}; /* of files; of all else, as it is */
+    syscall(__NR_io_uring_register, fd, IORING_REGISTER_IOWQ_MAX_WORKERS, counts, 2);
+}
+
 int pk_uring_init(struct pk_uring *ring, unsigned entries, int eventfd) {
     struct io_uring_params params = {0};
     memset(ring, 0, sizeof(*ring));
@@ -57,6 +65,8 @@ int pk_uring_init(struct pk_uring *ring, unsigned entries, int eventfd) {
         failed = -errno;
     if (failed)
         pk_uring_deinit(ring);
+    else
+        allow_workers(ring->fd);
     return failed;
 }
 
