@@ -202,6 +202,7 @@ void pk_vcpu_deinit(struct pk_vcpu *vcpu);
 int pk_vcpu_enable_stats(struct pk_vcpu *vcpu);
 int64_t pk_run(struct pk_vcpu *vcpu);
 int64_t pk_settle(struct pk_vcpu *vcpu);
+void pk_discard(struct pk_vcpu *vcpu);
 void *pk_io_data(struct pk_vcpu *vcpu);
 struct kvm_sync_regs *pk_sync_regs(struct pk_vcpu *vcpu);
 int pk_coalesced_pop(struct pk_vcpu *vcpu, struct kvm_coalesced_mmio *out);

@@ -256,6 +256,7 @@ static int enter(struct pk_vcpu *vcpu) {
     do
         result = ioctl(vcpu->fd, KVM_RUN, 0) < 0 ? -errno : 0;
     while (result == -EAGAIN);
+    vcpu->pending = result != -EINTR; /* that comes after the completion, and before anything new */
     if (vcpu->trace)
         pk_trace_leave(vcpu->trace, vcpu->run, result);
     if (vcpu->stats_enabled) {
@@ -333,6 +334,13 @@ int64_t pk_settle(struct pk_vcpu *vcpu) {
         /* it may have eaten a kick of somebody else, also one from before: put it back */
         __atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
     return key;
+}
+
+void pk_discard(struct pk_vcpu *vcpu) {
+    enum { MOST_PARTS = 64 }; /* an access across pages has two of them, a wide one a few */
+    for (int i = 0; i < MOST_PARTS && (vcpu->pending || vcpu->has_stashed); i++)
+        if (pk_settle(vcpu) < 0)
+            break;
 }
 
 void *pk_io_data(struct pk_vcpu *vcpu) { return (uint8_t *)vcpu->run + vcpu->run->io.data_offset; }

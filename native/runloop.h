@@ -73,6 +73,7 @@ struct pk_vcpu {
     uint32_t read_size;
     int64_t stashed; /* pk_run()'s result, kept back while Python drains the coalesced ring */
     uint8_t has_stashed;
+    uint8_t pending; /* the last KVM_RUN may have left an access that the next one completes */
 
     int tid; /* the thread inside pk_run(), 0 when there is none */
     uint64_t kicks;
@@ -113,6 +114,8 @@ int64_t pk_run(struct pk_vcpu *vcpu);
  * key: an exit that belongs to the same instruction (the next part of a wide MMIO access) wants handling,
  * then settle again. */
 int64_t pk_settle(struct pk_vcpu *vcpu);
+/* Lets KVM forget an access that nobody answers (a run that ended with it). */
+void pk_discard(struct pk_vcpu *vcpu);
 /* The bytes of a port exit: run->io.size * run->io.count. */
 void *pk_io_data(struct pk_vcpu *vcpu);
 /* The register area of kvm_run (KVM_CAP_SYNC_REGS). */

@@ -71,7 +71,7 @@ def restore_file(
     try:
         if attach is not None:
             attach(machine)
-        devices = check(machine, file.snapshot)
+        devices = check(machine, file.snapshot).devices
         _check_tsc(machine, file)
         put_state(machine, file.snapshot, devices)
         forgive_pause(machine)

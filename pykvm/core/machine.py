@@ -418,6 +418,14 @@ class Machine(Debugging, Driving, Snapshots):
             finally:
                 self.thaw()
 
+    def paused_for(self, function: Callable[[], T]) -> T:
+        """pause(), then function() before anybody can start the machine again."""
+        if any(vcpu.on_own_thread() for vcpu in self.vcpus):
+            raise MachineStateError("a device or hook runs inside of an instruction: do this from another thread")
+        with self._control:
+            self.pause()
+            return function()
+
     def forget_end(self) -> None:
         """The machine is not where its last run ended any more."""
         with self._changed:

@@ -10,15 +10,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Self
 
-    from pykvm.core.device import Device
+    from pykvm.snapshot.apply import Checked
     from pykvm.snapshot.state import Snapshot
 
 
 class Snapshots:
     """Mixed into Machine."""
 
-    # What the snapshot that was restored last was checked against, and each device with its state in it
-    checked: tuple[tuple[object, ...], list[tuple[Device, object]]] | None = None
+    checked: Checked | None = None  # the snapshot that was restored last fits: pykvm.snapshot.apply
 
     def snapshot(self) -> Snapshot:
         """The machine as it is now: memory, vCPUs, interrupt controllers, clock, devices. It goes on as it was.

@@ -8,6 +8,7 @@ undo.
 
 from __future__ import annotations
 
+from pykvm._native import lib
 from pykvm.core import reaper
 from pykvm.core.memimage import revert
 from pykvm.core.vmsetup import coalesced_offset
@@ -101,6 +102,6 @@ def _quieten(machine: Machine) -> None:
     """Discard an access that was never answered, stop debugging, lower every interrupt line."""
     machine.irqs.lower()
     for vcpu in machine.vcpus:
-        vcpu.discard_access()
+        lib.pk_discard(vcpu.state)
         if "KVM_SET_GUEST_DEBUG" in vcpu.fd.issued:
             vcpu.fd.set_guest_debug(0)

@@ -55,7 +55,6 @@ if TYPE_CHECKING:
         def vcpu_stopped(self, vcpu: Vcpu, outcome: Outcome | None, error: BaseException | None) -> None: ...
 
 
-MOST_SETTLES = 64  # an access in parts has fewer
 KICK_SIGNAL_OFFSET = 3  # SIGRTMIN + 3: the first ones belong to the C library and to debuggers by habit
 LOST_PAGE = (errno.EFAULT, lib.EHWPOISON)  # of KVM_RUN: memory that is not there
 MASKS = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFFFFFF, 8: 0xFFFFFFFFFFFFFFFF}
@@ -381,12 +380,6 @@ class Vcpu:
         """
         self._paused_fd()
         return self.owner.step_vcpu(self)
-
-    def discard_access(self) -> None:
-        """Let KVM forget an access that was never answered (a run that ended with it)."""
-        for _ in range(MOST_SETTLES):
-            if lib.pk_settle(self.state) < 0:
-                break
 
     def _settled(self, outcome: Outcome | None) -> Outcome | None:
         """`outcome`, after completing the access that gave it. After a crash kvm_run still has to say why: leave it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pykvm._native import lib
+from pykvm.core.device import Device
 from pykvm.core.memimage import install, revert
 from pykvm.errors import KvmError, SnapshotError
 from pykvm.snapshot.cpu import VCPU_SHAPE, VM_SHAPE
@@ -12,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import TypeVar
 
-    from pykvm.core.device import Device
     from pykvm.core.machine import Machine
     from pykvm.snapshot.state import Snapshot
 
@@ -21,10 +22,8 @@ if TYPE_CHECKING:
 
 def restore(machine: Machine, snapshot: Snapshot) -> None:
     """`Machine.restore`."""
-    devices = check(machine, snapshot)
-    machine.pause()
-    workers = holders(device for device, _ in devices)
-    machine.frozen(lambda: held(workers, lambda: _restore(machine, snapshot, devices)))
+    checked = check(machine, snapshot)
+    machine.paused_for(lambda: held(checked.workers, lambda: _restore(machine, snapshot, checked.devices)))
     machine.forget_end()
 
 
@@ -38,7 +37,7 @@ def fork(machine: M, snapshot: Snapshot | None, attach: Callable[[M], object] | 
         _copy_hooks(machine, child)
         if attach is not None:
             attach(child)
-        put_state(child, snapshot, check(child, snapshot))
+        put_state(child, snapshot, check(child, snapshot).devices)
         child.heir = snapshot.keep_spare
     except BaseException:
         child.close()
@@ -55,18 +54,30 @@ def _copy_hooks(machine: Machine, child: Machine) -> None:
     child._symbols = machine._symbols
 
 
-def check(machine: Machine, snapshot: Snapshot) -> list[tuple[Device, object]]:
-    """Each device with its checked state. Raises SnapshotError where the snapshot is of another machine.
+class Checked:
+    """A machine that a snapshot fits: each device with its state there, and those that work beside the vCPUs."""
+
+    def __init__(self, parts: tuple[object, ...], devices: list[tuple[Device, object]]) -> None:
+        self.parts = parts
+        self.workers = holders(device for device, _ in devices)
+        self.devices = [(device, state) for device, state in devices if not _stateless(device)]
+
+
+def _stateless(device: Device) -> bool:
+    shape, restore = getattr(device, "shape", None), getattr(type(device), "restore", None)
+    return shape is not None and not shape.fields and restore is Device.restore
+
+
+def check(machine: Machine, snapshot: Snapshot) -> Checked:
+    """Raises SnapshotError where the snapshot is of another machine.
 
     What was checked for a machine holds as long as its devices and slots are the same.
     """
     parts = (snapshot, machine.bus.ports.regions, machine.bus.mmio.regions, len(machine.memory.slots))
     known = machine.checked
-    if known is not None and all(old is new for old, new in zip(known[0], parts, strict=True)):
-        return known[1]
-    devices = _check(machine, snapshot)
-    machine.checked = (parts, devices)
-    return devices
+    if known is None or any(old is not new for old, new in zip(known.parts, parts, strict=True)):
+        known = machine.checked = Checked(parts, _check(machine, snapshot))
+    return known
 
 
 def _check(machine: Machine, snapshot: Snapshot) -> list[tuple[Device, object]]:
@@ -102,7 +113,7 @@ def _check_devices(machine: Machine, snapshot: Snapshot) -> list[tuple[Device, o
 
 def _restore(machine: Machine, snapshot: Snapshot, devices: list[tuple[Device, object]]) -> None:
     for vcpu in machine.vcpus:
-        vcpu.discard_access()
+        lib.pk_discard(vcpu.state)
     traps = machine.planted_traps()
     if traps is not None:
         traps.lift_all()
