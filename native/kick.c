@@ -54,5 +54,6 @@ void pk_thread_init(void) {
     sigset_t all;
     sigfillset(&all);
     sigdelset(&all, kick_signal);
+    sigdelset(&all, SIGBUS); /* one of its own would kill the process, blocked: see filemem.c */
     pthread_sigmask(SIG_SETMASK, &all, NULL);
 }

@@ -13,7 +13,6 @@ from pykvm.config import BootConfig, MachineConfig
 from pykvm.core.console import Console
 from pykvm.core.fastuart import FastUart
 from pykvm.core.machine import Machine
-from pykvm.core.outcome import Outcome
 from pykvm.devices.acpi_pm import AcpiPm
 from pykvm.devices.debugcon import DebugCon
 from pykvm.devices.debugexit import DebugExit
@@ -249,7 +248,7 @@ class Pc(Machine):
             ram_size=self.config.memory,
             cpus=self.config.cpus,
             # a firmware lays out the first MiB itself
-            e820=[(slot.gpa, slot.size, E820_RAM) for slot in self.memory.slots if slot.file is None] + [KVM_PAGES],
+            e820=[(slot.gpa, slot.size, E820_RAM) for slot in self.memory.slots if slot.file_fd < 0] + [KVM_PAGES],
         )
 
     def _attach_testdev(self) -> None:
@@ -269,8 +268,7 @@ class Pc(Machine):
         for device in self._memory_devices:
             end = max(layout.HIGH_RAM, *(slot.end for slot in self.memory.slots))
             gpa = (end + layout.DEVICE_MEMORY_ALIGN - 1) // layout.DEVICE_MEMORY_ALIGN * layout.DEVICE_MEMORY_ALIGN
-            window = device.place(self.memory, gpa, lambda why: self.finish(Outcome("CRASH", detail=why)))
-            self.attach(window, mmio=range(gpa, gpa + device.memory_size))
+            device.place(self.memory, gpa)
 
     def _attach_virtio(self, device: VirtioDevice) -> None:
         from pykvm.virtio.mmio import VirtioMmio

@@ -14,6 +14,8 @@ from pykvm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pykvm.core.device import Device
     from pykvm.core.outcome import Outcome
 
@@ -48,6 +50,7 @@ class AddressSpace:
         self.limit = limit
         self.regions: list[Region] = []
         self.unmapped: dict[int, int] = {}
+        self.on_unmapped: Callable[[int, bool], object] | None = None  # called with address, and whether it is a write
         self._bases: list[int] = []
 
     def add(self, addresses: range, device: Device, name: str) -> Region:
@@ -103,6 +106,8 @@ class AddressSpace:
         return any(self.find(address + i, 1) is not None for i in range(size))
 
     def _note(self, address: int, size: int, direction: str) -> None:
+        if self.on_unmapped is not None:
+            self.on_unmapped(address, direction == "write")
         seen = self.unmapped.get(address)
         if seen is None:
             if len(self.unmapped) >= MAX_UNMAPPED:

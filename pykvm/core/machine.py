@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from typing import Self, TypeVar
 
     from pykvm.core.device import Device, IrqLine
+    from pykvm.core.filememory import FileGuard
     from pykvm.core.memimage import SlotImage
     from pykvm.core.memory import Slot
     from pykvm.core.spare import Spare
@@ -107,6 +108,7 @@ class Machine(Debugging, Driving, Snapshots):
         self._owns_kvm = kvm is None
         self.kvm = kvm or (Kvm() if spare is None else spare.kvm)
         self._halt_watch = HaltWatch(self)
+        self._guards: list[FileGuard] = []
         self._runners: Sequence[Vcpu] | None = None  # None: all; else a debugger lets only these run
         try:
             if spare is not None:
@@ -116,6 +118,7 @@ class Machine(Debugging, Driving, Snapshots):
                     self.memory.add_image(each)
             else:
                 self._add_ram()
+            self.watch_files()
             self._connect(spare)
         except BaseException:
             self.close()
@@ -177,6 +180,29 @@ class Machine(Debugging, Driving, Snapshots):
         slot = self.memory.add(gpa, size, name=name, readonly=readonly)
         map_slot(self.vm, slot)
         return slot
+
+    def watch_files(self) -> None:
+        """End the run with a CRASH when a page of a file that is mapped as memory is gone (core.filememory)."""
+        for slot in self.memory.slots:
+            guard = slot.guard
+            if guard is not None and guard not in self._guards:
+                self._guards.append(guard)
+                self.io.add_reader(guard.event, self._on_guard)
+                self.bus.mmio.on_unmapped = self._on_unmapped
+
+    def _on_guard(self) -> None:
+        hits = [guard.hit() for guard in self._guards]  # each has to be read
+        if any(hits):
+            self._memory_gone()
+
+    def _memory_gone(self) -> None:
+        self.finish(Outcome("CRASH", detail=self.memory.damage()))
+
+    def _on_unmapped(self, address: int, write: bool) -> None:
+        """KVM emulates an instruction that found no memory. A write to a ROM comes here as well."""
+        slot = self.memory.slot_at(address)
+        if slot is not None and slot.guard is not None and not (write and slot.readonly):
+            self._memory_gone()
 
     def map_new_slots(self, known: int) -> None:
         """Give KVM the slots from index `known` on, which a loader added to `memory`."""
@@ -512,6 +538,8 @@ class Machine(Debugging, Driving, Snapshots):
     def vcpu_stopped(self, vcpu: Vcpu, outcome: Outcome | None, error: BaseException | None) -> None:
         """Called by a vCPU's thread when it leaves the guest for good or for a pause."""
         if outcome is not None and outcome.kind in ("CRASH", "TRIPLE_FAULT") and outcome.report is None:
+            if cut := self.memory.damage(seen=True):  # its page tables or its code, perhaps
+                outcome = Outcome("CRASH", vcpu=vcpu.index, detail=cut)
             error = error or self._add_report(vcpu, outcome)
             if self.keep_crash is not None and error is None and self.keep_crash(vcpu, outcome):
                 outcome = None

@@ -33,12 +33,13 @@ COPY = 1 << 20  # bytes at a time
 
 
 class Backing:
-    """A file descriptor that is closed when no image refers to it any more."""
+    """A file descriptor that is closed when no image refers to it any more. `outside`: others may change the file."""
 
-    __slots__ = ("fd",)
+    __slots__ = ("fd", "outside")
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, outside: bool = False) -> None:
         self.fd = fd
+        self.outside = outside
 
     def __del__(self) -> None:
         os.close(self.fd)
@@ -173,6 +174,11 @@ def install(slot: Slot, image: SlotImage, within: Iterable[Range] | None = None)
         if result < 0:
             raise SnapshotError(f"cannot map {end - start} bytes of {slot.name}: {os.strerror(-result)}")
     slot.image = image
+    outside = [(each.backing.fd, each.offset + each.end - each.start) for each in image.extents if each.backing.outside]
+    if outside or slot.guard is not None:
+        from pykvm.core.filememory import watch
+
+        watch(slot, outside)
 
 
 def revert(slot: Slot) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pykvm._native import CData
-    from pykvm.core.filememory import FileMemory
+    from pykvm.core.filememory import FileGuard
     from pykvm.core.memimage import SlotImage
 
 PAGE_SIZE = 4096
@@ -32,7 +32,8 @@ class Slot:
     """One memslot: [gpa, gpa + size) of the guest backed by host memory at `hva`."""
 
     __slots__ = (
-        "dirty", "fd", "fd_offset", "file", "gpa", "hva", "image", "index", "map", "name", "readonly", "size", "view",
+        "dirty", "fd", "fd_offset", "file_fd", "gpa", "guard", "hva", "image", "index", "map", "name", "readonly",
+        "size", "view",
     )  # fmt: skip
 
     def __init__(self, index: int, gpa: int, size: int, backing: mmap.mmap, name: str, readonly: bool, fd: int) -> None:
@@ -45,7 +46,8 @@ class Slot:
         self.fd = fd
         self.fd_offset = 0
         self.image: SlotImage | None = None  # what is mapped here copy-on-write (core.memimage)
-        self.file: FileMemory | None = None  # the host's file that is mapped here
+        self.file_fd = -1  # the host's file that is mapped here, shared
+        self.guard: FileGuard | None = None  # over files of the host that are mapped here in either way
         self.view = memoryview(backing)
         self.dirty: CData = ffi.NULL  # uint64_t[], a bit for each page that devices in C wrote; see publish()
         self.hva = int(ffi.cast("uintptr_t", ffi.from_buffer(backing)))
@@ -58,7 +60,7 @@ class Slot:
     @property
     def shared_fd(self) -> int:
         """What another process maps to have this memory, from `fd_offset` on; -1 for nothing."""
-        return self.file.fd if self.file is not None and not self.readonly else self.fd
+        return self.file_fd if self.file_fd >= 0 and not self.readonly else self.fd
 
     def close_fd(self) -> None:
         """Close the memfd of a slot whose memory is mapped anew."""
@@ -153,7 +155,7 @@ class GuestMemory:
         """Have these slots of an object that is of no use any more."""
         for old in slots:
             slot = Slot(old.index, old.gpa, old.size, old.map, old.name, old.readonly, -1)
-            slot.image = old.image
+            slot.image, slot.guard = old.image, old.guard
             self.slots.append(slot)
         self.publish()
 
@@ -169,9 +171,12 @@ class GuestMemory:
             _release(slot)
         self.slots.clear()
 
-    def damage(self) -> str:
-        """After an access that failed: what is wrong with the files that are mapped as memory; "" if there are none."""
-        found = [slot.file.damage() for slot in self.slots if slot.file is not None]
+    def damage(self, *, seen: bool = False) -> str:
+        """After an access that failed: what is wrong with the files that are mapped as memory; "" if there are none.
+
+        With `seen` only what can be seen of it: a file that was cut short.
+        """
+        found = [why for slot in self.slots if slot.guard is not None and (why := slot.guard.damage(seen=seen))]
         return min(found, key=lambda each: "was cut" not in each, default="")
 
     # -- for C --------------------------------------------------------------------------------------------------
@@ -290,7 +295,7 @@ class GuestMemory:
         pieces = list(self._pieces(gpa, length))
         if any(slot.readonly for slot, _, _ in pieces):
             raise GuestAddressError(gpa, length, "is read-only")
-        if any(slot.file is not None or (zeroed and slot.image is not None) for slot, _, _ in pieces):
+        if any(slot.file_fd >= 0 or (zeroed and slot.image is not None) for slot, _, _ in pieces):
             return False
         try:
             for slot, at, part in pieces:
@@ -373,8 +378,8 @@ def _span(key: slice) -> tuple[int, int]:
 
 
 def _release(slot: Slot) -> None:
-    if slot.file is not None:
-        slot.file.release()
+    if slot.guard is not None:
+        slot.guard.release()
     try:
         slot.view.release()
         slot.map.close()

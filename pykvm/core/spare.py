@@ -95,6 +95,8 @@ def park(machine: Machine, images: Sequence[SlotImage]) -> Spare | None:
 def _restorable(machine: Machine) -> bool:
     """Whether nothing was done to the KVM side that a restore leaves as it is."""
     handles = [machine.vm, *(vcpu.fd for vcpu in machine.vcpus)]
+    if any(slot.guard is not None and slot.guard.hit() for slot in machine.memory.slots):
+        return False  # a page of a file is gone
     return not machine.config.stats and all(handle.fd >= 0 and handle.issued <= UNDONE for handle in handles)
 
 

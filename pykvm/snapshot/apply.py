@@ -123,6 +123,7 @@ def _restore(machine: Machine, snapshot: Snapshot, devices: list[tuple[Device, o
         else:
             slot.close_fd()
             install(slot, image)
+    machine.watch_files()
     if traps is not None:
         traps.plant_all()
     put_state(machine, snapshot, devices)

@@ -45,7 +45,7 @@ def load(path: str, *, lazy: bool = False, parent: str | None = None, depth: int
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise SnapshotError(f"{path}: {error.strerror}") from None
-    backing = Backing(fd)
+    backing = Backing(fd, outside=True)
     try:
         header = read_header(fd, path)
         document = read_state(fd, path, header)

@@ -21,10 +21,9 @@ from pykvm.errors import SnapshotError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from pykvm.core.console import Console
-    from pykvm.core.device import Device
     from pykvm.core.iothread import IoThread
     from pykvm.core.memory import GuestMemory
     from pykvm.core.state import Shape, State
@@ -78,11 +77,8 @@ class VirtioDevice:
 
             self.throttle = Throttle(self.limit, self.io.call_later, transport.notify)
 
-    def place(self, memory: GuestMemory, gpa: int, fail: Callable[[str], object]) -> Device:
-        """Put memory of `memory_size` bytes at `gpa`, before `bind`; what answers there where the memory does not.
-
-        `fail` ends the run with a CRASH of this reason, from any thread.
-        """
+    def place(self, memory: GuestMemory, gpa: int) -> None:
+        """Put a slot of `memory_size` bytes at `gpa`, before `bind`."""
         raise NotImplementedError
 
     def join(self, console: Console) -> None:

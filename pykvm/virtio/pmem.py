@@ -11,7 +11,7 @@ import struct
 
 from pykvm import log
 from pykvm._native import lib
-from pykvm.core.filememory import FileMemory, FileWindow
+from pykvm.core.filememory import map_file
 from pykvm.errors import ConfigError, SnapshotError
 from pykvm.virtio.device import VirtioDevice
 from pykvm.virtio.diskfile import DiskFile
@@ -19,11 +19,8 @@ from pykvm.virtio.fault import DriverFault
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from pykvm.core.memory import GuestMemory
     from pykvm.virtio.chain import Chain
-    from pykvm.virtio.mmio import VirtioMmio
     from pykvm.virtio.queue import Virtqueue
 
 ALIGNMENT = 2 << 20  # Linux maps persistent memory in subsections of this size (SUBSECTION_SIZE)
@@ -64,25 +61,14 @@ class Pmem(VirtioDevice):
                 f"truncate -s {self.memory_size >> 20}M FILE, or add ,ro",
             )
 
-    def place(self, memory: GuestMemory, gpa: int, fail: Callable[[str], object]) -> FileWindow:
+    def place(self, memory: GuestMemory, gpa: int) -> None:
         """Map the file at `gpa`."""
-        file = self.file
-        self.mapping = FileMemory(memory, gpa, self.memory_size, file.fd, self.path, readonly=file.readonly)
-        self._fail = fail
-        return FileWindow(self.mapping, fail)
-
-    def bind(self, transport: VirtioMmio) -> None:
-        """Listen for pages that are gone, too."""
-        super().bind(transport)
-        self.io.add_reader(self.mapping.event, self._gone)
-
-    def _gone(self) -> None:
-        os.eventfd_read(self.mapping.event)
-        self._fail(self.mapping.damage())
+        map_file(memory, gpa, self.memory_size, self.file.fd, readonly=self.file.readonly, name="pmem")
+        self._gpa = gpa
 
     def config(self) -> bytes:
         """struct virtio_pmem_config: where the memory is (5.19.4)."""
-        return CONFIG.pack(self.mapping.slot.gpa, self.memory_size)
+        return CONFIG.pack(self._gpa, self.memory_size)
 
     def on_request(self, queue: Virtqueue, chain: Chain) -> int | None:
         """A flush: le32 type, answered by le32 result (5.19.6)."""
@@ -107,9 +93,6 @@ class Pmem(VirtioDevice):
 
     def close(self) -> None:
         """Close the file."""
-        mapping = getattr(self, "mapping", None)
-        if mapping is not None and mapping.event >= 0:
-            self.io.remove_reader(mapping.event)
         self.file.close()
 
     def check_snapshot(self, *, to_file: bool) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SIZE = 4 << 20
 PAGE = 4096
 HIGH = 1 << 32
-CUT = f"was cut from {SIZE} to {PAGE} bytes while the guest had it as memory"
+CUT = f"was cut to {PAGE} bytes while {SIZE} were in use as the guest's memory"
 rings = pytest.mark.parametrize("ring", [3, 0], ids=["by the CPU", "emulated"])
 
 
@@ -138,7 +138,7 @@ def test_a_full_file_system(tmp_path: Path, ring: int) -> None:
         check=False,
     )
     assert done.returncode == 6
-    assert b"memory.img, which the guest has as memory, cannot be had: no space left" in b" ".join(done.stderr.split())
+    assert b"memory.img, which is the guest's memory, cannot be had: no space left" in b" ".join(done.stderr.split())
 
 
 @pytest.mark.host

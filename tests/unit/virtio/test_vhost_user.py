@@ -13,7 +13,7 @@ from vhostpeer import Peer, Peers
 
 from pykvm import log
 from pykvm._native import lib
-from pykvm.core.filememory import FileMemory
+from pykvm.core.filememory import map_file
 from pykvm.core.memory import GuestMemory
 from pykvm.errors import ConfigError
 from pykvm.virtio import vhostmsg as msg
@@ -360,14 +360,13 @@ def test_persistent_memory_is_handed_over(
         (tmp_path / name).write_bytes(bytes(2 << 20))
     backend = peer()
     driver = shared(Remote(Peers(backend)))
-    files = [
-        FileMemory(driver.memory, (at + 1) << 30, 2 << 20, fd, "file", readonly=bool(at))
-        for at, fd in enumerate(os.open(tmp_path / name, os.O_RDWR) for name in ("first", "second"))
-    ]
+    files = [os.open(tmp_path / name, os.O_RDWR) for name in ("first", "second")]
+    for at, fd in enumerate(files):
+        map_file(driver.memory, (at + 1) << 30, 2 << 20, fd, readonly=bool(at), name="pmem")
     driver.start()
     assert [(gpa, size) for gpa, size, _, _ in backend.regions] == [(0, RAM), (1 << 30, 2 << 20)]
-    for file in files:
-        os.close(file.fd)
+    for fd in files:
+        os.close(fd)
 
 
 class Talker(Peers):
