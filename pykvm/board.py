@@ -102,7 +102,7 @@ class Pc(Machine):
         self._memory_devices = [device for device in devices if device.memory_size]
         if any(device.shared_memory for device in devices):
             config = config or MachineConfig(**options)  # type: ignore[arg-type]
-            config.memfd = True  # their back ends map guest memory
+            config.memfd = config.shared = True  # their back ends map guest memory
         super().__init__(config, kvm=kvm, image=image, spare=spare, **options)
         self._options = {
             "serial_ports": serial_ports,

@@ -90,7 +90,7 @@ class MachineConfig:
 
     __slots__ = (
         "c_actions", "cpu_features", "cpuid", "cpus", "firmware", "halt_detection", "hugepages", "irqchip", "memfd",
-        "memory", "pit", "stats",
+        "memory", "pit", "shared", "stats",
     )  # fmt: skip
 
     def __init__(
@@ -115,6 +115,7 @@ class MachineConfig:
         self.pit = pit and irqchip == "kernel"
         self.memfd = memfd
         self.hugepages = hugepages
+        self.shared = False  # set by the board: other processes map guest memory
         self.cpu_features = cpu_features
         self.c_actions = c_actions
         self.stats = stats

@@ -162,6 +162,18 @@ class _Backend(Kind):
         return value == [] or Row(Text(20), _Options()).accepts(value)
 
 
+def _image(options: dict[str, Any]) -> VirtioDevice:
+    from pykvm.virtio.imagedisk import ImageDisk
+
+    return ImageDisk(**options)
+
+
+def _share(options: dict[str, Any]) -> VirtioDevice:
+    from pykvm.virtio.share import Share
+
+    return Share(**options)
+
+
 # kind -> (what its options are, function that makes it)
 _KINDS: dict[str, tuple[Shape, Callable[[dict[str, Any]], VirtioDevice]]] = {
     "disk": (
@@ -175,5 +187,7 @@ _KINDS: dict[str, tuple[Shape, Callable[[dict[str, Any]], VirtioDevice]]] = {
         Shape(1, mac=Bytes(6), mtu=Int(0, 65535), link=BOOL, features=U64, backend=_Backend()),
         _net,
     ),
+    "image": (Shape(1, path=PATH, kind=Text(10), readonly=BOOL, direct=BOOL, queues=Int(1, 16)), _image),
+    "share": (Shape(1, path=PATH, tag=Text(36), readonly=BOOL, cache=Text(10)), _share),
     "vsock": (Shape(1, cid=U32, path=PATH), _vsock),
 }

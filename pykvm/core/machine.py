@@ -89,7 +89,8 @@ class Machine(Debugging, Driving, Snapshots):
         self.irqs = IrqController(self.config.irqchip)
         self.coalesced_lock = threading.Lock()
         self.io = IoThread("pykvm-io", self._failed)
-        self.memory = GuestMemory(memfd=self.config.memfd, hugepages=self.config.hugepages)
+        config = self.config
+        self.memory = GuestMemory(memfd=config.memfd, hugepages=config.hugepages, shared=config.shared)
         self.vcpus = [Vcpu(index, self) for index in range(self.config.cpus)]
         self.on_connect: list[Callable[[VmFd], object]] = []  # for each new KVM VM: at once, and after each reset
         self.on_reset: list[Callable[[], object]] = []

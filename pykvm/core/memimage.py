@@ -160,6 +160,12 @@ def _merged(ranges: object, count: int, base: int) -> list[Range]:
 
 def install(slot: Slot, image: SlotImage, within: Iterable[Range] | None = None) -> None:
     """Map `image` over the slot's memory; its own pages are dropped. `within` limits that to these parts."""
+    if slot.copied:
+        from pykvm.core.memshared import copy_in
+
+        copy_in(slot, image)
+        return
+    slot.close_fd()
     pieces = [(each, each.start, each.end) for each in image.extents]
     if within is not None:
         pieces = [
@@ -191,6 +197,10 @@ def revert(slot: Slot) -> None:
 
 def capture(slot: Slot) -> SlotImage:
     """Freeze the slot's content; nobody may write it meanwhile. The slot goes on as a copy-on-write user of it."""
+    if slot.copied:
+        from pykvm.core.memshared import copy_out
+
+        return copy_out(slot)
     if slot.fd >= 0:  # was shared: the file is the content
         backing = Backing(slot.fd)
         slot.fd = -1

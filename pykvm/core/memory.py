@@ -32,8 +32,8 @@ class Slot:
     """One memslot: [gpa, gpa + size) of the guest backed by host memory at `hva`."""
 
     __slots__ = (
-        "dirty", "fd", "fd_offset", "file_fd", "gpa", "guard", "hva", "image", "index", "map", "name", "readonly",
-        "size", "view",
+        "copied", "dirty", "fd", "fd_offset", "file_fd", "gpa", "guard", "hva", "image", "index", "map", "name",
+        "readonly", "size", "view",
     )  # fmt: skip
 
     def __init__(self, index: int, gpa: int, size: int, backing: mmap.mmap, name: str, readonly: bool, fd: int) -> None:
@@ -48,6 +48,7 @@ class Slot:
         self.image: SlotImage | None = None  # what is mapped here copy-on-write (core.memimage)
         self.file_fd = -1  # the host's file that is mapped here, shared
         self.guard: FileGuard | None = None  # over files of the host that are mapped here in either way
+        self.copied = False  # other processes have mapped it: snapshots are copies (core.memshared)
         self.view = memoryview(backing)
         self.dirty: CData = ffi.NULL  # uint64_t[], a bit for each page that devices in C wrote; see publish()
         self.hva = int(ffi.cast("uintptr_t", ffi.from_buffer(backing)))
@@ -93,8 +94,9 @@ class GuestMemory:
     The host may write slots that are read-only to the guest (firmware).
     """
 
-    def __init__(self, *, memfd: bool = False, hugepages: bool = False) -> None:
+    def __init__(self, *, memfd: bool = False, hugepages: bool = False, shared: bool = False) -> None:
         self.memfd = memfd
+        self.shared = shared
         self.hugepages = hugepages
         self.slots: list[Slot] = []
         self._native: CData | None = None
@@ -105,7 +107,7 @@ class GuestMemory:
     def add(self, gpa: int, size: int, *, name: str = "ram", readonly: bool = False, frozen: bool = False) -> Slot:
         """Map `size` bytes of zeroed memory at `gpa`; both are page-aligned and overlap no other slot.
 
-        `frozen`: an image will be installed over it (add_image), no memfd of its own is needed.
+        `frozen`: an image will be installed over it (add_image), no memfd of its own is needed, unless it is shared.
         """
         if gpa % PAGE_SIZE or size % PAGE_SIZE or size <= 0:
             raise ConfigError("memory", f"slot {name} [{gpa:#x}, +{size:#x}) is not page-aligned")
@@ -114,7 +116,7 @@ class GuestMemory:
                 raise ConfigError("memory", f"slot {name} [{gpa:#x}, {gpa + size:#x}) overlaps {other}")
         fd = -1
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | lib.MAP_NORESERVE
-        shared = self.memfd and not frozen
+        shared = self.memfd and not (frozen and not self.shared)
         huge = shared and self.hugepages and size % HUGE_PAGE_SIZE == 0  # a firmware's few pages are not
         try:
             if shared:
@@ -133,13 +135,14 @@ class GuestMemory:
             backing.madvise(mmap.MADV_HUGEPAGE)
         index = max((slot.index for slot in self.slots), default=-1) + 1
         slot = Slot(index, gpa, size, backing, name, readonly, fd)
+        slot.copied = self.shared and fd >= 0
         self.slots.append(slot)
         self.slots.sort(key=lambda each: each.gpa)
         self.publish()
         return slot
 
     def add_image(self, image: SlotImage) -> Slot:
-        """A slot whose content is `image`, shared copy-on-write."""
+        """A slot whose content is `image`, shared copy-on-write where that can be."""
         from pykvm.core.memimage import install
 
         slot = self.add(image.gpa, image.size, name=image.name, readonly=image.readonly, frozen=True)

@@ -121,7 +121,6 @@ def _restore(machine: Machine, snapshot: Snapshot, devices: list[tuple[Device, o
         if slot.image is image:
             revert(slot)
         else:
-            slot.close_fd()
             install(slot, image)
     machine.watch_files()
     if traps is not None:

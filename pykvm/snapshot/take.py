@@ -40,12 +40,14 @@ def holders(devices: Iterable[Device]) -> list[Device]:
 
 def held(devices: list[Device], function: Callable[[], T]) -> T:
     """function() while these devices do nothing."""
-    for device in devices:
-        device.hold()
+    still: list[Device] = []
     try:
+        for device in devices:
+            device.hold()
+            still.append(device)
         return function()
     finally:
-        for device in reversed(devices):
+        for device in reversed(still):
             device.release()
 
 

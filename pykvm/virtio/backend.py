@@ -72,6 +72,8 @@ class ProcessBackend(BackendSource):
     """
 
     restarts = True
+    stop_s = STOP_S  # how long the process may take to end when it is asked to
+    status: int | None = None  # that of the last process
 
     def __init__(
         self,
@@ -153,21 +155,22 @@ class ProcessBackend(BackendSource):
             return
         self._end = self._describe_end()
         if process.returncode is None:
-            _kill_group(process)
+            _kill_group(process, self.stop_s)
+        self.status = process.returncode
         self.process = None
         os.close(self.voice)
         self.voice = -1
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the process and its children, SIGKILL when it does not heed that."""
+def _kill_group(process: subprocess.Popen[bytes], patience_s: float) -> None:
+    """SIGTERM to the process and its children, SIGKILL when it does not heed that in time."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
         except ProcessLookupError:
             pass  # it has just ended
         try:
-            process.wait(STOP_S)
+            process.wait(patience_s)
             return
         except subprocess.TimeoutExpired:
             continue

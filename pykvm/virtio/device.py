@@ -151,6 +151,12 @@ class VirtioDevice:
         if self.shape is not None:
             self.shape.put(self, state)
 
+    def freeze(self) -> None:
+        """Under the transport's lock: stop what works beside it, with no request left, until `thaw` or `restore`."""
+
+    def thaw(self) -> None:
+        """Go on after `freeze`, if `restore` has not seen to that. Raises nothing."""
+
     def check_snapshot(self, *, to_file: bool) -> None:
         """Raise SnapshotError when a snapshot in memory, or one for a file, would not be what it seems."""
 

@@ -10,19 +10,23 @@ import os
 import shutil
 
 from pykvm._native import ffi, lib
-from pykvm.errors import ConfigError
+from pykvm.core.state import U64, Bytes, Row, Shape
+from pykvm.errors import ConfigError, SnapshotError
 from pykvm.virtio.backend import ProcessBackend
 from pykvm.virtio.vhost_user import VhostUser
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pykvm.core.state import State
     from pykvm.virtio.vhostmsg import Connection
 
 PROGRAM = "qemu-storage-daemon"
 FORMATS = ("qcow2", "qed", "vdi", "vhdx", "vmdk", "vpc")
 QUEUE_SIZE = 128
 MAX_QUEUES = 16
+STOP_S = 60.0  # for the daemon to write out its caches
 # Up to and including write_zeroes_may_unmap and its padding: what every version of the back end has
+WCE_AT = ffi.offsetof("struct virtio_blk_config", "wce")  # the only byte that a driver may write
 CONFIG_SIZE = ffi.offsetof("struct virtio_blk_config", "write_zeroes_may_unmap") + 4
 
 
@@ -38,6 +42,7 @@ class ImageDisk(VhostUser):
 
     device_id = lib.VIRTIO_ID_BLOCK
     has_config = True
+    _put_away = False  # the daemon was ended for a snapshot
 
     def __init__(self, path: str, kind: str, *, readonly: bool = False, direct: bool = False, queues: int = 1) -> None:
         if kind not in FORMATS:
@@ -52,17 +57,82 @@ class ImageDisk(VhostUser):
                 "disk", f"format={kind} needs {PROGRAM}, which is not installed: apt-get install qemu-system-common"
             )
         self.name = f"disk {os.path.basename(path)}"
+        self.path, self.readonly = os.path.abspath(path), readonly
+        self._options = {"kind": kind, "readonly": readonly, "direct": direct, "queues": queues}
         self.queue_sizes = (QUEUE_SIZE,) * queues
         self._config = b""
 
         def command(fd: int) -> list[str]:
             return [program, *_daemon_words(path, kind, fd, readonly=readonly, direct=direct, queues=queues)]
 
-        super().__init__(ProcessBackend(PROGRAM, "disk", command))
+        self._daemon = ProcessBackend(PROGRAM, "disk", command)
+        self._daemon.stop_s = STOP_S
+        super().__init__(self._daemon)
 
     def greet(self, connection: Connection) -> None:
         """Size and limits of the disk do not change while the daemon has it open."""
         self._config = self.fetch_config(connection, CONFIG_SIZE)
+
+    # -- snapshots ----------------------------------------------------------------------------------------------
+
+    shape = Shape(1, stamp=Row(U64, U64), config=Bytes(CONFIG_SIZE))
+
+    def check_snapshot(self, *, to_file: bool) -> None:
+        """A writable image has only one state: the one that it is in."""
+        if not to_file and not self.readonly:
+            raise SnapshotError(
+                f"{self.name}: a snapshot would not keep what is on it: give it ro, or make it a raw image with overlay"
+            )
+
+    def freeze(self) -> None:
+        """Stop the rings, and have the daemon write out what it has of the image in its caches: it does at its end."""
+        super().freeze()
+        if self._connection is not None and not self.readonly:
+            self._hang_up()
+            self._put_away = True
+            if self._daemon.status:
+                raise SnapshotError(f"{self.name}: {PROGRAM} did not end in order (status {self._daemon.status})")
+
+    def thaw(self) -> None:
+        """Start the daemon again; if that fails, the device stops."""
+        if self._put_away:
+            try:
+                self.renew()
+            except SnapshotError as error:
+                self.transport.needs_reset(str(error))
+        super().thaw()
+
+    def renew(self) -> None:
+        """Start the daemon again. Raises SnapshotError."""
+        self._put_away = False
+        super().renew()
+
+    def save(self) -> State:
+        """What image it is, and what the driver reads of it and may have written."""
+        return {"stamp": self._stamp(), "config": self._config}
+
+    def restore(self, state: State) -> None:
+        """Go on with an image that nobody has changed meanwhile. Raises SnapshotError for another one."""
+        if state["stamp"] != self._stamp():
+            raise SnapshotError(f"{self.name}: the image has changed since the snapshot")
+        if self._put_away:
+            self.renew()
+        if state["config"] != self._config:
+            self.write_config(WCE_AT, state["config"][WCE_AT : WCE_AT + 1])
+        if state["config"] != self._config:
+            raise SnapshotError(f"{self.name}: the snapshot's disk is another one")
+
+    def _stamp(self) -> list[int]:
+        status = os.stat(self.path)
+        return [status.st_size, status.st_mtime_ns]
+
+    def twin(self) -> ImageDisk:
+        """The same image, for reading."""
+        return ImageDisk(self.path, **self._options)  # type: ignore[arg-type]
+
+    def recipe(self) -> tuple[str, dict[str, object]]:
+        """Its options."""
+        return "image", {"path": self.path, **self._options}
 
     def config(self) -> bytes:
         """struct virtio_blk_config (5.2.4), as the daemon fills it in."""

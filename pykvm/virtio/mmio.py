@@ -160,9 +160,10 @@ class VirtioMmio(Device):
         """
         self.lock.__enter__()
         try:
-            if self.live and self.device.shape is not None and not self.device.external:
-                for queue in self.queues:
+            if self.live and self.device.shape is not None:
+                for queue in () if self.device.external else self.queues:
                     self.guarded(self._drain, queue)
+            self.device.freeze()
             self.guarded(self.device.settle)
         except BaseException:
             self.release()
@@ -174,6 +175,7 @@ class VirtioMmio(Device):
 
     def release(self) -> None:
         """Undo `hold`."""
+        self.device.thaw()
         self.lock.__exit__(None, None, None)
 
     def check_snapshot(self, *, to_file: bool) -> None:

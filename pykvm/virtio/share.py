@@ -13,6 +13,7 @@ import subprocess
 
 from pykvm import log
 from pykvm._native import ffi, lib
+from pykvm.core.state import BOOL, Shape
 from pykvm.errors import ConfigError
 from pykvm.virtio.backend import ProcessBackend
 from pykvm.virtio.vhost_user import VhostUser
@@ -20,6 +21,8 @@ from pykvm.virtio.vhost_user import VhostUser
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from pykvm.core.state import State
 
 TAG_SIZE = 36  # 5.11.4: in bytes of UTF-8, padded with NULs
 HIPRIO_SIZE, REQUEST_SIZE = 128, 1024  # Linux fits the largest request to the queue: 1 MiB at 1024
@@ -56,6 +59,7 @@ class Share(VhostUser):
 
     device_id = lib.VIRTIO_ID_FS
     queue_sizes = (HIPRIO_SIZE, *[REQUEST_SIZE] * QUEUES)
+    _driven = False  # the back end has met a driver
 
     def __init__(self, path: str, *, tag: str = "", readonly: bool = False, cache: str = "auto") -> None:
         self.path = os.path.realpath(path)
@@ -68,8 +72,40 @@ class Share(VhostUser):
         if cache not in ("auto", "always", "never"):
             raise ConfigError("share", f"cache={cache} is none of auto, always, never")
         self.name = f"share {self.tag}"
+        self.cache = cache
         source = Virtiofsd(self.path, readonly, cache)
         super().__init__(source)
+
+    # -- snapshots ----------------------------------------------------------------------------------------------
+    # What virtiofsd knows of a mount (its FUSE session, inodes, open files) is in no snapshot. A copy of the machine,
+    # and one that is put back, get a new virtiofsd: it answers EIO until the guest mounts the share anew.
+
+    shape = Shape(1, mounted=BOOL)
+
+    @property
+    def _mounted(self) -> bool:
+        """Whether the guest has ever asked for something (5.11.2: queue 0 is for urgent requests)."""
+        return any(queue.next_avail for queue in self.queues[1:])
+
+    def restore(self, state: State) -> None:
+        """A new session; the guest has to mount the share again."""
+        if self._driven:
+            self.renew()
+        if state["mounted"]:
+            log.warning("umount and mount the share again in the guest", device=self.name)
+
+    def activate(self, features: int) -> None:
+        """The driver is ready."""
+        self._driven = True
+        super().activate(features)
+
+    def twin(self) -> Share:
+        """The same folder: it is shared by all copies of the machine."""
+        return Share(self.path, tag=self.tag, readonly=self.readonly, cache=self.cache)
+
+    def recipe(self) -> tuple[str, dict[str, object]]:
+        """Its options."""
+        return "share", {"path": self.path, "tag": self.tag, "readonly": self.readonly, "cache": self.cache}
 
     def config(self) -> bytes:
         """struct virtio_fs_config (5.11.4)."""

@@ -12,11 +12,11 @@ one had not finished. If there is none, the device stops with NEEDS_RESET and on
 from __future__ import annotations
 
 import os
-from time import monotonic
+from time import monotonic, sleep
 
 from pykvm import log
 from pykvm._native import lib
-from pykvm.errors import ConfigError, GuestAddressError
+from pykvm.errors import ConfigError, GuestAddressError, SnapshotError
 from pykvm.virtio import vhostmsg as msg
 from pykvm.virtio.device import VirtioDevice
 from pykvm.virtio.queue import RING_HEADER, USED_SIZE
@@ -32,6 +32,7 @@ VERSION_1 = 1 << lib.VIRTIO_F_VERSION_1
 DEVICE_BITS = (1 << 24) - 1  # virtio 1.2, 2.2: bits 0 to 23 are the device type's
 RING_BITS = VERSION_1 | 1 << lib.VIRTIO_RING_F_INDIRECT_DESC | 1 << lib.VIRTIO_RING_F_EVENT_IDX
 LOGGED_WORDS, WORD_LENGTH = 10, 300  # lines of one back end that are passed on, and the characters of each
+DRAIN_S, DRAIN_STEP_S = 10.0, 0.001  # how long requests may take after their ring was stopped
 RESTARTS, RESTART_WINDOW_S = 3, 60.0  # more deaths than that in that time are a back end that does not work
 
 
@@ -51,6 +52,7 @@ class VhostUser(VirtioDevice):
         self._active = 0  # queues that the back end serves
         self._agreed = 0
         self._driver_features = 0
+        self._frozen = False  # the rings are stopped for a snapshot
         self._deaths: list[float] = []
         self._words = 0
         self._connection: Connection | None = None
@@ -173,7 +175,7 @@ class VhostUser(VirtioDevice):
 
     def activate(self, features: int) -> None:
         """The driver is ready: hand memory and queues over."""
-        self._driver_features = features
+        self._driver_features, self._frozen = features, False
         if self._connection is None:
             self._lost("it was not there when the driver came")
             return
@@ -190,7 +192,7 @@ class VhostUser(VirtioDevice):
         self._send_memory(connection)
         for queue in self.queues:
             if queue.enabled:
-                self._start_queue(connection, queue, self._unfinished(queue) if resumed else 0)
+                self._start_queue(connection, queue, self._unfinished(queue) if resumed else queue.next_avail)
         if not connection.reply_ack:
             connection.request(msg.GET_FEATURES)  # messages are handled in order: its reply says that all were
         self._active = len(self.queues)
@@ -245,7 +247,7 @@ class VhostUser(VirtioDevice):
 
     def reset(self) -> None:
         """Stop the rings: GET_VRING_BASE returns when the back end has let go of one."""
-        self._driver_features = 0
+        self._driver_features, self._frozen = 0, False
         active, self._active = self._active, 0
         connection = self._connection
         if not active or connection is None:
@@ -253,14 +255,63 @@ class VhostUser(VirtioDevice):
         try:
             for queue in self.queues:
                 if queue.enabled:
-                    state = msg.VRING_STATE.pack(queue.index, 0)
-                    connection.request(msg.GET_VRING_BASE, state, size=msg.VRING_STATE.size)
+                    self._stop_queue(connection, queue)
         except BackendError as error:
             self._lost(str(error))
+
+    def _stop_queue(self, connection: Connection, queue: Virtqueue) -> int:
+        """Where in the available ring the back end would go on."""
+        state = msg.VRING_STATE.pack(queue.index, 0)
+        reply = connection.request(msg.GET_VRING_BASE, state, size=msg.VRING_STATE.size)
+        return int(msg.VRING_STATE.unpack(reply)[1]) & 0xFFFF
 
     def stop(self) -> None:
         """NEEDS_RESET: the back end has to let go of the rings as well."""
         self.reset()
+
+    # -- snapshots ----------------------------------------------------------------------------------------------
+
+    def freeze(self) -> None:
+        """Stop the rings, each when the back end has finished what it took: where they stand is in the queues then."""
+        connection = self._connection
+        if not self._active or connection is None:
+            return
+        try:
+            for queue in self.queues:
+                if queue.enabled:
+                    base = self._stop_queue(connection, queue)
+                    self._await_end(queue, base)
+                    queue.next_avail = queue.next_used = queue.signalled = base
+        except BackendError as error:
+            self._lost(str(error))
+            raise SnapshotError(f"{self.name}: {self.source.name} cannot be stopped for a snapshot: {error}") from None
+        self._active, self._frozen = 0, True
+
+    def _await_end(self, queue: Virtqueue, base: int) -> None:
+        """Wait until as many requests are done as were taken: some back ends let go of a ring before that."""
+        end = monotonic() + DRAIN_S
+        while self.memory.read_uint(queue.used + 2, 2) != base:
+            if monotonic() > end:
+                raise BackendError(f"requests of queue {queue.index} have not ended after {DRAIN_S:g} s")
+            sleep(DRAIN_STEP_S)
+
+    def thaw(self) -> None:
+        """Start the rings again, and interrupt: a request that ended while they stopped may have had nobody to call."""
+        frozen, self._frozen = self._frozen, False
+        if frozen and self.transport.live:
+            self.activate(self._driver_features)
+            self.transport.look_again()
+
+    def renew(self) -> None:
+        """Go on with a new back end. Raises SnapshotError."""
+        self._hang_up()
+        try:
+            if self.features & ~self._connect():
+                raise BackendError("the new one has fewer features")
+        except (BackendError, ConfigError) as error:
+            self._hang_up()
+            raise SnapshotError(f"{self.name}: {self.source.name} cannot be started again: {error}") from None
+        self._watch()
 
     # -- configuration ------------------------------------------------------------------------------------------
 

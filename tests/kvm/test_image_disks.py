@@ -14,7 +14,7 @@ import guests
 import pytest
 from qcow2 import qcow2
 
-from pykvm import log
+from pykvm import Machine, SnapshotError, log, restore_file
 from pykvm.virtio.imagedisk import ImageDisk
 
 if TYPE_CHECKING:
@@ -106,3 +106,46 @@ def test_a_killed_daemon_is_replaced_under_the_guest(image: Path, capfd: pytest.
     assert killed.is_set()
     said = capfd.readouterr().err
     assert "was started again" in said and "SIGKILL" in said
+
+
+@pytest.mark.parametrize("mode", ["count=150 irq=1", "count=1000"])
+def test_saved_and_restored_under_load(image: Path, tmp_path: Path, mode: str) -> None:
+    """A guest that verifies what it wrote goes through a file again and again, each time with a new daemon."""
+    disk = ImageDisk(str(image), "qcow2")
+    machine: Machine = guests.pc("blk.elf", f"mode=check {mode}", devices=[disk])
+    try:
+        for _ in range(3):
+            assert machine.run(0.02).kind == "TIMEOUT"
+            machine.save(str(tmp_path / "vm"))
+            machine.close()
+            machine = restore_file(tmp_path / "vm")
+        assert machine.run(guests.RUN_S).code == 0
+        assert "blocks of 4096 bytes" in machine.console.text and machine.memory.slots[0].copied
+    finally:
+        machine.close()
+
+
+def test_it_goes_on_after_it_was_saved(image: Path, tmp_path: Path) -> None:
+    """Saving is no end; then the image is not the one of the file any more, which says so."""
+    with guests.pc("blk.elf", "mode=check count=150 irq=1", devices=[ImageDisk(str(image), "qcow2")]) as machine:
+        for _ in range(2):
+            assert machine.run(0.02).kind == "TIMEOUT"
+            machine.save(str(tmp_path / "vm"))
+        assert machine.run(guests.RUN_S).code == 0
+        with pytest.raises(SnapshotError, match="give it ro"):
+            machine.fork()
+    with pytest.raises(SnapshotError, match="image has changed since"):
+        restore_file(tmp_path / "vm")
+
+
+def test_read_only_disks_are_forked_and_put_back(image: Path) -> None:
+    """Each copy has a daemon of its own, and a machine that is put back reads on with the one that it has."""
+    disk = ImageDisk(str(image), "qcow2", readonly=True)
+    with guests.pc("blk.elf", "mode=probe sector=8", devices=[disk]) as machine:
+        snapshot = machine.snapshot()
+        with machine.fork() as copy, copy.fork() as third:
+            for each in (third, copy, machine):
+                assert each.run(guests.RUN_S).code == 0
+                assert "type 0 at sector 8: status 0" in guests.text(each)
+        machine.restore(snapshot)
+        assert machine.run(guests.RUN_S).code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import socket
 import struct
@@ -14,8 +15,10 @@ from vhostpeer import Peer, Peers
 from pykvm import log
 from pykvm._native import lib
 from pykvm.core.filememory import map_file
+from pykvm.core.memimage import capture, file_data, install
 from pykvm.core.memory import GuestMemory
-from pykvm.errors import ConfigError
+from pykvm.core.state import STATELESS
+from pykvm.errors import ConfigError, SnapshotError
 from pykvm.virtio import vhostmsg as msg
 from pykvm.virtio.vhost_user import LOGGED_WORDS, VhostUser
 
@@ -399,3 +402,97 @@ def test_what_a_back_end_says_is_passed_on(
     assert source.voice not in driver.io._readers
     os.close(source.voice)
     source.voice = -1
+
+
+# -- snapshots ---------------------------------------------------------------------------------------------------------
+
+
+class Saved(Remote):
+    """One that takes part in snapshots."""
+
+    shape = STATELESS
+
+
+def stops_at(base: int) -> Callable[[Peer, bytes], None]:
+    """An answer to GET_VRING_BASE: the back end would go on there."""
+    return lambda this, payload: this.reply("GET_VRING_BASE", payload[:4] + struct.pack("<I", base))
+
+
+def test_stopped_and_started_for_a_snapshot(peer: Callable[..., Peer], shared: Callable[[VhostUser], Driver]) -> None:
+    """What the back end took is finished first; it goes on where it stopped, and so does a copy; an interrupt comes."""
+    back, other = peer({"GET_VRING_BASE": stops_at(1)}), peer()
+    driver = shared(Saved(Peers(back)))
+    first, _ = driver.start()
+    for queue in driver.queues:
+        driver.memory.write_uint(queue.avail + 2, 2, 3)
+        driver.memory.write_uint(queue.used_ring + 2, 2, 1)
+    driver.interrupts()
+    driver.transport.hold()
+    state = driver.transport.save()
+    driver.transport.release()
+    assert [row[5:] for row in state["queues"]] == [[1, 1, 1]] * 2
+    assert driver.interrupts()
+    bases = [struct.unpack("<II", each) for each in back.payloads("SET_VRING_BASE")]
+    assert bases == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    memory = GuestMemory(memfd=True)
+    memory.add(0, RAM)
+    memory.write(0, driver.memory.read(0, RAM))
+    copy = Driver(Saved(Peers(other)), memory)
+    copy.transport.restore(state)
+    assert [struct.unpack("<II", each) for each in other.payloads("SET_VRING_BASE")] == [(0, 1), (1, 1)]
+    assert copy.interrupts() and not copy.needs_reset
+    copy.close()
+    assert first.size == 64
+
+
+def test_a_back_end_that_does_not_finish(
+    peer: Callable[..., Peer], shared: Callable[[VhostUser], Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no snapshot of requests in flight: one line says so, and a new back end goes on with them."""
+    monkeypatch.setattr("pykvm.virtio.vhost_user.DRAIN_S", 0.05)
+    back, again = peer({"GET_VRING_BASE": stops_at(1)}), peer()
+    driver = shared(Saved(Peers(back, again)))
+    first, _ = driver.start()
+    driver.memory.write_uint(first.avail + 2, 2, 1)
+    with pytest.raises(SnapshotError, match="requests of queue 0 have not ended"):
+        driver.transport.hold()
+    assert "SET_VRING_KICK" in again.names and not driver.needs_reset
+    with driver.transport.lock:
+        pass  # it was given back
+
+
+def test_a_frozen_device_that_is_put_back(peer: Callable[..., Peer], shared: Callable[[VhostUser], Driver]) -> None:
+    """A restore starts the rings once, where the snapshot has them."""
+    back = peer({"GET_VRING_BASE": stops_at(0)})
+    driver = shared(Saved(Peers(back)))
+    driver.start()
+    state = driver.transport.save()
+    driver.transport.hold()
+    driver.transport.restore(state)
+    driver.transport.release()
+    assert back.names.count("SET_VRING_KICK") == 4 and back.names.count("GET_VRING_BASE") == 2
+    driver.transport.hold()
+    driver.transport.restore({**state, "status": 0})
+    driver.transport.release()
+    assert back.names.count("SET_VRING_KICK") == 4
+
+
+def test_memory_of_others_is_copied() -> None:
+    """A snapshot of memory that back ends have mapped leaves their memfd in place, holes included, and so a restore."""
+    memory = GuestMemory(memfd=True, shared=True)
+    slot = memory.add(0, RAM)
+    memory.write(0x5000, b"first")
+    memory.write(0xF0000, b"last")
+    image = capture(slot)
+    with mmap.mmap(slot.fd, RAM) as theirs:
+        memory.write(0x5000, b"other")
+        memory.write(0x80000, b"new")
+        assert theirs[0x5000:0x5005] == b"other" and image.read(0x5000, 5) == b"first"
+        install(slot, image)
+        assert theirs[0x5000:0x5005] == b"first" and theirs[0xF0000:0xF0004] == b"last"
+        assert not any(os.pread(slot.fd, 3, 0x80000))
+    assert [start for start, _ in file_data(slot.fd, 0, RAM)] == [0x5000, 0xF0000]
+    other = GuestMemory(memfd=True, shared=True)
+    assert other.add_image(image).fd >= 0 and other.read(0x5000, 5) == b"first"
+    other.close()
+    memory.close()
