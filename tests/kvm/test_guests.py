@@ -47,7 +47,7 @@ exits: wrmsr 0x12345678 #GP
 exits: cpuid vendor "VENDOR", hypervisor "KVMKVMKVM"
 """
 TIMER = """\
-timer: PIT 4 ticks at 200 Hz
+timer: PIT 4 ticks at 50 Hz
 timer: LAPIC timer N kHz
 timer: LAPIC one-shot, 1 interrupt
 timer: ok
@@ -61,7 +61,7 @@ GUESTS: list[tuple[str, tuple[str, ...], str, Outcome, str]] = [
     ("paging.elf", IRQCHIPS, "", OK, PAGING),
     ("exits.elf", ("split", "none"), "hlt=0", OK, EXITS + "exits: done\n"),
     ("exits.elf", ("kernel",), "", OK, EXITS + "exits: hlt, woken by an interrupt\nexits: done\n"),
-    ("timer.elf", ("kernel",), "ticks=4 hz=200", OK, TIMER),
+    ("timer.elf", ("kernel",), "ticks=4 hz=50", OK, TIMER),
     ("ring3.elf", IRQCHIPS, "count=300", OK, ""),
     ("touch.elf", IRQCHIPS, "mib=4", OK, "touch: 4 MiB from 16 MiB, 1024 pages, 1 passes\n"),
 ]
