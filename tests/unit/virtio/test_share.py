@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import struct
@@ -32,6 +33,7 @@ def virtiofsd_obstacle() -> str:
     return ""
 
 
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="the older virtiofsd is for root only")
 needs_virtiofsd = pytest.mark.skipif(bool(virtiofsd_obstacle()), reason=virtiofsd_obstacle())
 needs_storage_daemon = pytest.mark.skipif(
     not shutil.which("qemu-storage-daemon"), reason="qemu-storage-daemon is not installed"
@@ -61,6 +63,24 @@ def test_both_command_lines(program: Path, monkeypatch: pytest.MonkeyPatch, text
     command = Virtiofsd("/a,b", False, "never").command(9)
     assert command[0] == str(program) and [word for word in command if word in words] == words
     assert any("sandbox=" in word for word in command)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        pytest.param(C_HELP, "-f --fd=N -o source={} -o cache=auto -o sandbox=S -o log_level=err", marks=as_root),
+        (RUST_HELP, "--fd=N --shared-dir={} --cache=auto --sandbox=S --log-level=error"),
+    ],
+    ids=["C", "Rust"],
+)
+def test_the_program_is_asked_which_it_is(program: Path, tmp_path: Path, text: str, words: str) -> None:
+    """By --help, which both have; then it is run with its own words."""
+    told = tmp_path / "told"
+    program.write_text(f'#!/bin/sh\n[ "$1" != --help ] || {{ echo "{text}"; exit; }}\necho "$*" >{told}\nexit 3\n')
+    with pytest.raises(ConfigError, match="ended with status 3"):
+        Share(str(tmp_path), tag="x")
+    said = re.sub(r"(--fd=)\d+|(sandbox=)\w+", lambda found: "--fd=N" if found[1] else "sandbox=S", told.read_text())
+    assert said.removesuffix(" --rlimit-nofile=0\n").rstrip() == words.format(tmp_path)
 
 
 def test_virtiofsd_that_ends(program: Path, tmp_path: Path) -> None:
