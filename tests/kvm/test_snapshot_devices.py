@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import random
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import threading
 import time
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,13 +21,18 @@ from command import COMMAND, SECONDS, environment, run, spawn
 from guests import IMAGES
 from test_consoles import DONE, SIZELESS, lines, talk, wait_for
 from test_networks import MAC, TYPE_LOCAL, exchange, local_frame, namespace, revive
+from test_snapshot_file import reseal
 
-from pykvm import BootConfig, ConfigError, Outcome, Pc, restore_file
+from pykvm import BootConfig, ConfigError, Outcome, Pc, SnapshotError, restore_file
+from pykvm.snapshot.format import PAGE, encode_state, read_header, read_state
 from pykvm.virtio.balloon import Balloon
 from pykvm.virtio.blk import Disk
 from pykvm.virtio.console import Console, ConsolePort
 from pykvm.virtio.net import Net
+from pykvm.virtio.passt import Passt
+from pykvm.virtio.rng import Rng
 from pykvm.virtio.tap import Tap
+from pykvm.virtio.vsock import Vsock
 
 pytestmark = pytest.mark.usefixtures("images")
 __all__ = ["namespace"]  # a fixture
@@ -231,3 +242,95 @@ def test_a_disk_by_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir("there")
     with restore_file("../vm") as vm:
         assert vm.find(Disk)[0].capacity == 128
+
+
+@pytest.mark.host
+def test_passt_is_started_again(images: Path, tmp_path: Path) -> None:
+    """A file has passt started with the same ports, which have to be free; a fork can have one of its own."""
+    if not shutil.which("passt"):
+        pytest.skip("passt is not installed")
+    if not any(line.split()[1] == "00000000" for line in Path("/proc/net/route").read_text().splitlines()):
+        pytest.skip("passt needs a default route of this host")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    boot = BootConfig(str(images / "net.elf"), cmdline="mode=echo count=2")
+    with Pc(boot, memory="16M", devices=[Net(Passt([f"tcp:127.0.0.1:{port}-:22"]))]) as vm:
+        vm.save(str(tmp_path / "vm"))
+        with vm.fork(attach=lambda copy: copy.find(Net)[0].plug(Passt())) as copy:
+            assert copy.run(0.1).kind == "TIMEOUT" and copy.find(Net)[0].alive
+        with pytest.raises(ConfigError, match="cannot listen on port"):
+            restore_file(tmp_path / "vm")
+    with restore_file(tmp_path / "vm"):
+        socket.create_connection(("127.0.0.1", port)).close()
+
+
+def test_forged_devices(tmp_path: Path) -> None:
+    """Whatever a file says of its devices, in right checksums, it is one line at worst, and nothing is left behind."""
+    ports = [ConsolePort(console=True), ConsolePort("agent")]
+    devices = [Console(ports), Balloon(), Net(None), Vsock(7, str(tmp_path / "vsock")), Rng()]
+    path = tmp_path / "vm"
+    with Pc(GUEST, memory="4M", devices=devices) as vm:
+        vm.save(str(path))
+    good = path.read_bytes()
+    with path.open("rb") as file:
+        header = read_header(file.fileno(), str(path))
+    before = len(os.listdir("/proc/self/fd"))
+    chance = random.Random(5)
+    refused = 0
+    for _ in range(80):
+        with path.open("rb") as file:
+            document = read_state(file.fileno(), str(path), header)
+        part = chance.choice([document["board"]["devices"], [*document["devices"].values()]])
+        part = chance.choice(part)
+        spoil(chance, part)
+        state = encode_state(document)
+        if len(state) > header.state_length:
+            continue
+        state = state.ljust(header.state_length, b"\0")
+        bad = bytearray(good)
+        bad[PAGE : PAGE + len(state)] = state
+        struct.pack_into("<I", bad, 24, zlib.crc32(state))
+        reseal(bad)
+        (tmp_path / "bad").write_bytes(bad)
+        try:
+            restore_file(tmp_path / "bad").close()
+        except (SnapshotError, ConfigError) as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 40
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def spoil(chance: random.Random, part: object) -> None:
+    """Put something else somewhere into a document."""
+    while True:
+        places = list(part) if isinstance(part, dict) else list(range(len(part)))  # type: ignore[arg-type]
+        if not places:
+            return
+        at = chance.choice(places)
+        inner = part[at]  # type: ignore[index]
+        if isinstance(inner, dict | list) and inner and chance.random() < 0.8:
+            part = inner
+            continue
+        wrong = (
+            -1,
+            1 << 70,
+            0xFFFF,
+            True,
+            "x" * 300,
+            "\n",
+            b"\xff" * 3,
+            b"",
+            [],
+            [[]],
+            {},
+            {"$": 1},
+            None,
+            1.5,
+            "/",
+            "no",
+        )
+        part[at] = chance.choice(wrong)  # type: ignore[index]
+        return
