@@ -177,7 +177,7 @@ def _share(options: dict[str, Any]) -> VirtioDevice:
 # kind -> (what its options are, function that makes it)
 _KINDS: dict[str, tuple[Shape, Callable[[dict[str, Any]], VirtioDevice]]] = {
     "disk": (
-        Shape(1, path=PATH, readonly=BOOL, id=Text(20), direct=BOOL, queues=Int(1, 16), thread=BOOL),
+        Shape(1, path=PATH, readonly=BOOL, id=Text(20), direct=BOOL, queues=Int(1, 16), thread=BOOL, overlay=BOOL),
         _disk,
     ),
     "rng": (Shape(1), _rng),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 MERGE = 64 << 10  # own pages that are nearer than this become one extent, with what lies between them
 MAX_EXTENTS = 128  # of a slot: each is a mapping of every machine that uses the image
+MAX_ON_BASE = 8192  # of an image over a file that may be much larger than memory: flat, all of that would be copied
 COPY = 1 << 20  # bytes at a time
 
 
@@ -58,11 +59,24 @@ class Extent:
 
 
 class SlotImage:
-    """A slot's frozen content. What no extent holds is zero. Immutable."""
+    """A slot's frozen content. What no extent holds is zero. Immutable.
 
-    __slots__ = ("extents", "gpa", "index", "name", "readonly", "size")
+    `base` is a file (a disk's image) that it was made over, and that whoever needs the image has as well.
+    """
 
-    def __init__(self, index: int, gpa: int, size: int, name: str, readonly: bool, extents: Iterable[Extent]) -> None:
+    __slots__ = ("base", "extents", "gpa", "index", "name", "readonly", "size")
+
+    def __init__(
+        self,
+        index: int,
+        gpa: int,
+        size: int,
+        name: str,
+        readonly: bool,
+        extents: Iterable[Extent],
+        base: Backing | None = None,
+    ) -> None:
+        self.base = base
         self.index = index
         self.gpa = gpa
         self.size = size
@@ -91,7 +105,20 @@ class SlotImage:
         for start, end in self.data_ranges():
             for at in range(start, end, COPY):
                 os.pwrite(backing.fd, self.read(at, min(COPY, end - at)), at)
-        return SlotImage(self.index, self.gpa, self.size, self.name, self.readonly, [Extent(0, self.size, backing, 0)])
+        return self._with([Extent(0, self.size, backing, 0)], self.base)
+
+    def upon(self, base: Backing) -> SlotImage:
+        """The extents over that file, from its start on, instead of over zeros."""
+        below = cut([Extent(0, self.size, base, 0)], [(each.start, each.end) for each in self.extents])
+        image = self._with([*below, *self.extents], base)
+        return image if len(image.extents) <= MAX_ON_BASE else image.flat()
+
+    def under(self) -> SlotImage | None:
+        """`base` alone, if there is one."""
+        return self._with([Extent(0, self.size, self.base, 0)], self.base) if self.base is not None else None
+
+    def _with(self, extents: Iterable[Extent], base: Backing | None) -> SlotImage:
+        return SlotImage(self.index, self.gpa, self.size, self.name, self.readonly, extents, base)
 
     def data_ranges(self) -> list[Range]:
         """The parts of the slot that may be other than zero, ascending."""
@@ -213,7 +240,8 @@ def capture(slot: Slot) -> SlotImage:
         return below
     own = _merged(ranges, count, slot.hva)
     extents = below.extents if below is not None else ()
-    flatten = below is None or len(extents) + 2 * len(own) > MAX_EXTENTS
+    most = MAX_EXTENTS if below is None or below.base is None else MAX_ON_BASE
+    flatten = below is None or len(extents) + 2 * len(own) > most
     backing = _new_memfd(slot)
     for start, end in below.data_ranges() if flatten and below is not None else ():
         _copy(slot, backing, start, end)  # what is own there is in the slot's memory already
@@ -229,7 +257,8 @@ def capture(slot: Slot) -> SlotImage:
 
 
 def _over(slot: Slot, extents: Iterable[Extent]) -> SlotImage:
-    return SlotImage(slot.index, slot.gpa, slot.size, slot.name, slot.readonly, extents)
+    base = slot.image.base if slot.image is not None else None
+    return SlotImage(slot.index, slot.gpa, slot.size, slot.name, slot.readonly, extents, base)
 
 
 def _new_memfd(slot: Slot) -> Backing:
@@ -260,6 +289,39 @@ def cut(extents: Iterable[Extent], holes: list[Range]) -> list[Extent]:
         if at < each.end:
             left.append(Extent(at, each.end, each.backing, each.offset + at - each.start))
     return left
+
+
+def apart(one: SlotImage, other: SlotImage) -> list[Range]:
+    """The parts that two images of one slot do not have from the same place of the same file: all that may differ.
+
+    Ascending, in multiples of MERGE; none of them twice.
+    """
+    edges = sorted(
+        {0, one.size, *(at for image in (one, other) for each in image.extents for at in (each.start, each.end))}
+    )
+    found: list[Range] = []
+    ours, theirs = _homes(one, edges), _homes(other, edges)
+    for start, end, mine, yours in zip(edges, edges[1:], ours, theirs, strict=False):
+        if mine != yours:
+            low, high = start // MERGE * MERGE, min((end + MERGE - 1) // MERGE * MERGE, one.size)
+            if found and low <= found[-1][1]:
+                found[-1] = (found[-1][0], max(high, found[-1][1]))
+            else:
+                found.append((low, high))
+    return found
+
+
+def _homes(image: SlotImage, edges: list[int]) -> list[tuple[Backing, int] | None]:
+    """Where each stretch from one edge to the next comes from: (file, offset of the slot's start in it), None: zero."""
+    homes: list[tuple[Backing, int] | None] = []
+    extents = iter(image.extents)
+    each = next(extents, None)
+    for start in edges[:-1]:
+        while each is not None and each.end <= start:
+            each = next(extents, None)
+        inside = each is not None and each.start <= start
+        homes.append((each.backing, each.offset - each.start) if each is not None and inside else None)
+    return homes
 
 
 def check_hugepages(memory: GuestMemory) -> None:

@@ -53,8 +53,9 @@ class Snapshots:
 
         An existing file is replaced at the end, whole. With `parent`, a Snapshot that `save` returned, only the pages
         that are not as there are written. `compress` makes it small (zstd); restoring it then has to unpack all memory
-        first. Disks are not in the file: restoring wants their images unchanged, so pause the machine before, and
-        close it after. `pykvm.restore_file(path)` makes a machine of it. Raises SnapshotError.
+        first. What was written to disks with an overlay is in the file, their images and other disks are not: restoring
+        wants those unchanged, so pause a machine with other writable disks before, and close it after.
+        `pykvm.restore_file(path)` makes a machine of it. Raises SnapshotError.
         """
         from pykvm.snapshot.save import save
 

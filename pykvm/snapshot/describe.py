@@ -6,6 +6,7 @@ The machine's description is what a new one is made of; `machine_config` makes t
 from __future__ import annotations
 
 from pykvm.config import MAX_CPUS, MAX_MEMORY, MachineConfig
+from pykvm.core.memimage import SlotImage
 from pykvm.core.state import BOOL, U32, U64, Bytes, Int, ListOf, Row, Shape, Text
 from pykvm.errors import SnapshotError
 from pykvm.kvm.system import cpuid_tuple
@@ -14,6 +15,7 @@ from pykvm.x86.cpuid import CpuidEntry
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
     from pykvm._native import CData
@@ -37,8 +39,9 @@ MACHINE_SHAPE = Shape(
     cpuid=ListOf(ListOf(Row(*[U32] * 7), 1, MAX_CPUID), 1, MAX_CPUS),
 )
 SLOTS = ListOf(Row(U64, U64, Text(64), BOOL), 1, 64)  # gpa, size, name, read-only
+LAYERS = ListOf(Int(1, 1 << 50), 0, 64)  # sizes of what disks have in memory: regions after those of the slots
 _PIECES = Bytes(0, MAX_PIECES * PIECE_ROW)
-DOCUMENT = {"kind", "board", "machine", "slots", "vcpus", "vm", "devices", "pieces"}
+DOCUMENT = {"kind", "board", "machine", "slots", "layers", "vcpus", "vm", "devices", "pieces"}
 
 
 def describe(machine: Machine, snapshot: Snapshot) -> dict[str, Any]:
@@ -51,11 +54,43 @@ def describe(machine: Machine, snapshot: Snapshot) -> dict[str, Any]:
         "kind": kind,
         "board": board,
         "machine": {"version": MACHINE_SHAPE.version, "state": plain},
+        "layers": [each.size for each in layers_of(snapshot)],
         "slots": [[each.gpa, each.size, each.name, each.readonly] for each in snapshot.memory],
         "vcpus": [_part(part) for part in snapshot.vcpus],
         "vm": _part(snapshot.vm),
-        "devices": {name: _part(part) for name, part in snapshot.devices.items()},
+        "devices": _devices(snapshot),
     }
+
+
+def layers_of(snapshot: Snapshot) -> list[SlotImage]:
+    """What the devices have in memory, in the order of the devices and their fields."""
+    states = [part.state for part in snapshot.devices.values()]
+    return [value for state in states for value in state.values() if isinstance(value, SlotImage)]
+
+
+def _devices(snapshot: Snapshot) -> dict[str, Any]:
+    """Their states, with {"layer": number} in the place of a layer."""
+    found: dict[str, Any] = {}
+    count = 0
+    for name, part in snapshot.devices.items():
+        state = dict(part.state)
+        for field, value in part.state.items():
+            if isinstance(value, SlotImage):
+                state[field], count = {"layer": count}, count + 1
+        found[name] = {"version": part.version, "state": state}
+    return found
+
+
+def read_device(value: object, what: str, layers: Sequence[SlotImage]) -> Part:
+    """A device's saved state, its layers filled in."""
+    part = read_part(value, what)
+    for field, each in part.state.items():
+        if isinstance(each, dict) and each.keys() == {"layer"}:
+            number = each["layer"]
+            if type(number) is not int or not 0 <= number < len(layers):
+                raise SnapshotError(f"{what}: malformed: {field} is not in the file")
+            part.state[field] = layers[number]
+    return part
 
 
 def _rows(table: CData) -> list[list[int]]:
@@ -75,6 +110,8 @@ def check_document(document: dict[str, Any], path: str) -> None:
         problem = "the list of its memory is malformed"
     elif not SLOTS.accepts(document["slots"]):
         problem = "its memory slots are malformed"
+    elif not LAYERS.accepts(document["layers"]):
+        problem = "the content of its disks is malformed"
     elif not isinstance(document["vcpus"], list) or not isinstance(document["devices"], dict):
         problem = "its components are malformed"
     elif "parent" in document and not Text(255).accepts(document["parent"]):

@@ -2,8 +2,9 @@
 
     0       header, one page: struct HEADER, then zeros
     4096    state: a JSON document, then the bytes that it refers to as {"$": [offset, length]}; zeros up to a page
-    ...     memory: each slot as a page-aligned region with holes where it is zero, to be mapped as it is; or, when the
-            header says so, zstd frames one after another
+    ...     memory: each slot as a page-aligned region with holes where it is zero, to be mapped as it is, then each
+            disk's overlay, with holes where it is as the disk's image; or, when the header says so, zstd frames one
+            after another
 
 All integers are little-endian. The header's checksum covers its page, and holds the state's; the state lists every
 piece of memory with a checksum (CRC-32 of ISO 3309, as zlib's). What no piece covers is a hole, or zeros.

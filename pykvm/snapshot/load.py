@@ -12,7 +12,7 @@ import struct
 from pykvm.config import MAX_MEMORY
 from pykvm.core.memimage import MAX_EXTENTS, Backing, Extent, SlotImage, cut
 from pykvm.errors import SnapshotError
-from pykvm.snapshot.describe import check_document, read_part
+from pykvm.snapshot.describe import check_document, read_device, read_part
 from pykvm.snapshot.format import COMPRESSED, NO_PARENT, PAGE, PIECE, Header, check_pieces, read_header, read_state
 from pykvm.snapshot.state import Snapshot
 
@@ -29,8 +29,9 @@ ROW = struct.Struct("<6Q")
 class SnapshotFile:
     """A checked file: its document and its Snapshot."""
 
-    def __init__(self, path: str, document: dict[str, Any], snapshot: Snapshot) -> None:
+    def __init__(self, path: str, document: dict[str, Any], snapshot: Snapshot, layers: list[SlotImage]) -> None:
         self.path = path
+        self.layers = layers
         self.document = document
         self.snapshot = snapshot
 
@@ -55,24 +56,25 @@ def load(path: str, *, lazy: bool = False, parent: str | None = None, depth: int
             start = PAGE + header.state_length
             check_pieces(fd, path, [(at, stored, crc) for _, _, _, at, stored, crc in rows], start)
         below = _parent(path, header, document, lazy, parent, depth)
-        memory = _memory(backing, header, document, rows, below, path)
+        images = _images(backing, header, document, rows, below, path)
     except OSError as error:
         raise SnapshotError(f"{path}: {error.strerror}") from None
+    memory, layers = images[: len(document["slots"])], images[len(document["slots"]) :]
     snapshot = Snapshot(
         vcpus=[read_part(each, f"{path}: vcpu") for each in document["vcpus"]],
         vm=read_part(document["vm"], f"{path}: vm"),
-        devices={name: read_part(each, f"{path}: {name}") for name, each in document["devices"].items()},
+        devices={name: read_device(each, f"{path}: {name}", layers) for name, each in document["devices"].items()},
         memory=memory,
         identity=header.identity.hex(),
     )
     snapshot.file = (path, header.state_crc)
-    return SnapshotFile(path, document, snapshot)
+    return SnapshotFile(path, document, snapshot, layers)
 
 
 def _rows(document: dict[str, Any], header: Header, path: str) -> list[Row]:
     """The list of memory pieces, each inside its slot and the file, in order and without overlap."""
     rows: list[Row] = list(ROW.iter_unpack(document["pieces"]))
-    sizes = [size for _, size, _, _ in document["slots"]]
+    sizes = [size for _, size, _, _ in _regions(document)]
     bases = [PAGE + header.state_length]
     for size in sizes:
         bases.append(bases[-1] + size)
@@ -89,14 +91,16 @@ def _rows(document: dict[str, Any], header: Header, path: str) -> list[Row]:
         last, end = (slot, offset + length), at + stored
     if not header.flags & COMPRESSED and header.size != bases[-1]:
         raise SnapshotError(f"{path}: its size does not fit its memory")
-    if sum(sizes) > MAX_MEMORY or any(size % PAGE or not size or gpa % PAGE for gpa, size, _, _ in document["slots"]):
+    total = sum(size for _, size, _, _ in document["slots"])
+    if total > MAX_MEMORY or any(size % PAGE or not size or gpa % PAGE for gpa, size, _, _ in _regions(document)):
         raise SnapshotError(f"{path}: its memory slots are malformed")
     return rows
 
 
 def _parent(
     path: str, header: Header, document: dict[str, Any], lazy: bool, parent: str | None, depth: int
-) -> Snapshot | None:
+) -> list[SlotImage] | None:
+    """Memory and layers of the file that it is relative to, if any."""
     if header.parent == NO_PARENT:
         if parent is not None:
             raise SnapshotError(f"{path}: is no differential snapshot: leave out the parent")
@@ -106,38 +110,60 @@ def _parent(
     name = os.path.basename(str(document.get("parent", "")))
     where = parent or os.path.join(os.path.dirname(path), name)
     try:
-        found = load(where, lazy=lazy, depth=depth + 1).snapshot
+        found = load(where, lazy=lazy, depth=depth + 1)
     except SnapshotError as error:
         raise SnapshotError(f"{path}: its parent cannot be used: {error}") from None
-    if found.id != header.parent.hex() or found.file != (where, header.parent_crc):
+    if found.snapshot.id != header.parent.hex() or found.snapshot.file != (where, header.parent_crc):
         raise SnapshotError(f"{path}: {where} is not its parent")
-    return found
+    return [*found.snapshot.memory, *found.layers]
 
 
-def _memory(
-    backing: Backing, header: Header, document: dict[str, Any], rows: list[Row], below: Snapshot | None, path: str
+def _regions(document: dict[str, Any]) -> list[tuple[int, int, str, bool]]:
+    """(GPA, size, name, read-only) of each image in the file: slots, then layers."""
+    return [*map(tuple, document["slots"]), *((0, size, "disk", False) for size in document["layers"])]
+
+
+def _images(
+    backing: Backing,
+    header: Header,
+    document: dict[str, Any],
+    rows: list[Row],
+    below: list[SlotImage] | None,
+    path: str,
 ) -> list[SlotImage]:
-    slots = document["slots"]
-    if below is not None and [(i.gpa, i.size) for i in below.memory] != [(gpa, size) for gpa, size, _, _ in slots]:
-        raise SnapshotError(f"{path}: its parent has other memory slots")
+    slots = _regions(document)
+    if below is not None and [(i.gpa, i.size) for i in below] != [(gpa, size) for gpa, size, _, _ in slots]:
+        raise SnapshotError(f"{path}: its parent has other memory slots or disks")
     images = []
     base = PAGE + header.state_length
     for number, (gpa, size, name, readonly) in enumerate(slots):
         mine = [row for row in rows if row[0] == number]
-        under = below.memory[number].extents if below is not None else ()
+        is_layer = number >= len(document["slots"])
+        under = below[number].extents if below is not None else ()
         if header.flags & COMPRESSED:
             source, shift = _unpack(backing.fd, mine, size, name, path), 0
         else:
             source, shift = backing, base
         base += size
-        if not under:
+        if not under and not is_layer:
             extents = [Extent(0, size, source, shift)]
         else:
-            own = [(offset, offset + length) for _, offset, length, _, _, _ in mine]
+            own = _joined(mine)
             extents = [*cut(under, own), *(Extent(start, end, source, shift + start) for start, end in own)]
-        image = SlotImage(number, gpa, size, name, readonly, extents)
-        images.append(image if len(extents) <= MAX_EXTENTS else image.flat())
+        image = SlotImage(0 if is_layer else number, gpa, size, name, readonly, extents)
+        images.append(image if len(extents) <= MAX_EXTENTS or is_layer else image.flat())
     return images
+
+
+def _joined(rows: list[Row]) -> list[tuple[int, int]]:
+    """[start, end) of the pieces, in one where they are neighbours."""
+    joined: list[tuple[int, int]] = []
+    for _, offset, length, _, _, _ in rows:
+        if joined and joined[-1][1] == offset:
+            joined[-1] = (joined[-1][0], offset + length)
+        else:
+            joined.append((offset, offset + length))
+    return joined
 
 
 def _unpack(fd: int, rows: list[Row], size: int, name: str, path: str) -> Backing:

@@ -110,6 +110,7 @@ class Disk(VirtioDevice):
         self.limit = limit
         self.queue_sizes = (QUEUE_SIZE,) * queues
         self._recipe = {"readonly": readonly, "id": id, "direct": direct, "queues": queues, "thread": thread}
+        self._recipe["overlay"] = overlay
         self.file = self._open(readonly, direct, overlay)
         self.capacity = self.file.size // SECTOR
         self.features = _bits("SEG_MAX", "GEOMETRY", "BLK_SIZE", "TOPOLOGY", "FLUSH")
@@ -264,14 +265,19 @@ class Disk(VirtioDevice):
     def check_snapshot(self, *, to_file: bool) -> None:
         """Refuse what would be lost, or what would outlive a snapshot in memory."""
         overlaid = hasattr(self.file, "freeze")
-        if to_file and overlaid:
-            raise SnapshotError(f"{self.name}: its overlay is in memory and cannot be saved to a file")
+        if overlaid and self._is_short():
+            raise SnapshotError(
+                f"{self.name}: its image was cut short: what is left is not the disk that the guest has"
+            )
         if not to_file and not overlaid and not self.file.readonly:
             raise SnapshotError(f"{self.name}: a snapshot would not keep what is on it: give it overlay, or ro")
 
+    def _is_short(self) -> bool:
+        return not self.file.is_block and os.fstat(self.file.plain_fd).st_size < self.file.length
+
     def twin(self) -> Disk:
         """The same image, its overlay to be filled in by `restore`."""
-        return Disk(self.path, **self._recipe, overlay=hasattr(self.file, "freeze"), limit=self.limit)  # type: ignore[arg-type]
+        return Disk(self.path, **self._recipe, limit=self.limit)  # type: ignore[arg-type]
 
     def recipe(self) -> tuple[str, dict[str, object]]:
         """Its options; a file does not remember a rate limit."""

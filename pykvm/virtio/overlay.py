@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class Layers(Kind):
-    """What a disk's state in memory holds of its overlay: a SlotImage, or None without one. No file can hold it."""
+    """What a disk's state holds of its overlay: a SlotImage, or None without one.
+
+    That of a snapshot file has no base: it holds what is other than in the disk's image, which is not in the file.
+    """
 
     def __init__(self) -> None:
         super().__init__("the content of an overlay")
@@ -49,8 +52,8 @@ class OverlayFile(DiskFile):
         try:
             memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | lib.MAP_NORESERVE)
             self._slot = Slot(0, 0, size, memory, "disk", False, -1)
-            backing = Backing(os.dup(self.plain_fd))
-            install(self._slot, SlotImage(0, 0, size, "disk", False, [Extent(0, size, backing, 0)]))
+            base = Backing(os.dup(self.plain_fd))
+            install(self._slot, SlotImage(0, 0, size, "disk", False, [Extent(0, size, base, 0)], base))
             self._mem = os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
         except (OSError, SnapshotError) as error:
             self.close()
@@ -69,13 +72,18 @@ class OverlayFile(DiskFile):
         super().close()
 
     def freeze(self) -> SlotImage:
-        """The content now; this file goes on as a copy-on-write user of it."""
-        return capture(self._slot)
+        """The content now; this file goes on as a copy-on-write user of it. Raises SnapshotError."""
+        try:
+            return capture(self._slot)
+        except OSError as error:  # EFAULT: a page that is not in the image any more
+            raise SnapshotError(f"{self.path}: the overlay cannot be kept: {error.strerror}") from None
 
     def be(self, image: SlotImage) -> None:
         """Have this content. Raises SnapshotError when it is that of another disk."""
         if not image.fits(self._slot):
             raise SnapshotError(f"{self.path}: the snapshot's disk has {image.size} bytes")
+        if image.base is None:
+            image = image.upon(Backing(os.dup(self.plain_fd)))
         if self._slot.image is image:
             revert(self._slot)
         else:
