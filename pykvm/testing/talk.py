@@ -83,7 +83,8 @@ class Talk(SpawnBase):  # type: ignore[misc]  # pexpect has no types
         """The regular expressions of `patterns`, which is one or several."""
         several = [patterns] if isinstance(patterns, str | re.Pattern | type) else patterns or []
         flags = re.MULTILINE | (re.IGNORECASE if self.ignorecase else 0)
-        return [re.compile(each, flags) if isinstance(each, str) else each for each in several]
+        texts = [re.compile(each, flags) if isinstance(each, str) else each for each in several]
+        return super().compile_pattern_list(texts) if texts else []
 
     def expect_list(self, pattern_list: list[Any], timeout: Any = -1, searchwindowsize: Any = -1, *rest: Any) -> int:
         """Run the guest until it has printed one of the compiled patterns; which one.

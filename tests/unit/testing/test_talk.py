@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pexpect
 import pytest
 
 from pykvm import MachineStateError
@@ -68,6 +70,16 @@ def test_what_was_lost_between_two_looks_does_no_harm() -> None:
     console, listener = talk()
     console.write(b"x" * (3 * KEEP) + b"end")
     assert found(listener, "end$") == "end"
+
+
+def test_only_patterns_are_patterns() -> None:
+    """Text, regular expressions, EOF and TIMEOUT, one or several; anything else is a TypeError."""
+    _, listener = talk()
+    assert [each.pattern for each in listener.compile_pattern_list(("a", re.compile("b")))] == ["a", "b"]
+    assert listener.compile_pattern_list(pexpect.EOF) == [pexpect.EOF]
+    for wrong in ([3], [b"bytes"], [None]):
+        with pytest.raises(TypeError):
+            listener.compile_pattern_list(wrong)
 
 
 def test_a_console_without_a_machine_has_no_conversation() -> None:
