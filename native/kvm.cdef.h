@@ -370,6 +370,14 @@ void pk_net_free(struct pk_net *net);
 int pk_net_watch(struct pk_net *net, uint32_t events);
 int pk_net_receive(struct pk_net *net);
 int pk_net_send(struct pk_net *net);
+struct vhost_vring_state { unsigned int index, num; };
+struct vhost_vring_file { unsigned int index; int fd; };
+struct vhost_vring_addr {
+    unsigned int index, flags;
+    __u64 desc_user_addr, used_user_addr, avail_user_addr, log_guest_addr;
+};
+struct vhost_memory_region { __u64 guest_phys_addr, memory_size, userspace_addr, flags_padding; };
+struct vhost_memory { __u32 nregions, padding; struct vhost_memory_region regions[]; };
 #define PK_IFNAME_SIZE ...
 int pk_die_with_parent(void);
 int pk_own_mounts(void);

@@ -144,7 +144,7 @@ static void exchange_word(struct pk_action *action, const struct access *access)
         memcpy(access->data, &bits, sizeof(bits));
     } else {
         memcpy(&bits, access->data, sizeof(bits));
-        __atomic_and_fetch(action->word, ~bits, __ATOMIC_SEQ_CST);
+        __atomic_and_fetch(action->word, ~bits | (uint32_t)action->value, __ATOMIC_SEQ_CST);
     }
 }
 

@@ -21,7 +21,7 @@ enum {
     PK_CONSTANT = 2,  /* read: answer with a constant (a status register) */
     PK_COUNT = 3,     /* write: count it and go on (a doorbell nobody listens to, a POST code port) */
     PK_LOAD = 4,      /* four-byte read: answer with *word (an interrupt status register) */
-    PK_CLEAR = 5,     /* four-byte write: clear these bits of *word (an interrupt acknowledge register) */
+    PK_CLEAR = 5,     /* four-byte write: clear these bits of *word, not those in `value` (an acknowledge) */
 };
 
 /* Bytes that guests wrote and Python has not taken yet. Shared by all vCPUs of a machine. */

@@ -90,10 +90,16 @@ def _net(text: str) -> VirtioDevice:
     from pykvm.virtio.net import Net
     from pykvm.virtio.rate import RATE_KEYS, parse_rate
 
-    kind, words = _net_words(text, ("down",), ("mac", "mtu", *RATE_KEYS))
+    kind, words = _net_words(text, ("down", "vhost"), ("mac", "mtu", *RATE_KEYS))
     mtu = parse_int(words["mtu"], "mtu") if "mtu" in words else None
     limit = parse_rate(words)
+    if "vhost" in words and (kind != "tap" or limit is not None):
+        raise UsageError("--net: vhost is for a tap, and without a rate limit (tc can limit a tap)")
     backend = _net_backend(kind, words, mtu or 0)
+    if "vhost" in words:
+        from pykvm.virtio.vhost_net import VhostNet
+
+        return VhostNet(backend, mac=words.get("mac"), mtu=mtu, link="down" not in words)
     return Net(backend, mac=words.get("mac"), mtu=mtu, link="down" not in words, limit=limit)
 
 

@@ -95,7 +95,7 @@ OPTIONS = (
     Option(
         "--net",
         "KIND[,...]",
-        "network: user[,hostfwd=tcp::2222-:22] or tap[,ifname=NAME][,fd=N], [,mac=..][,mtu=..][,rate=..]; repeatable",
+        "network: user[,hostfwd=tcp::2222-:22] or tap[,ifname=NAME][,fd=N][,vhost]; [,mac=..][,mtu=..][,rate=..]",
         many=True,
     ),
     Option(

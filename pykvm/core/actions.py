@@ -101,9 +101,9 @@ class ActionTable:
         """Four-byte reads of `address` give *word (a uint32_t * that lives as long as the table)."""
         return self._add(lib.PK_LOAD, range(address, address + 4), mmio, False, word=word)
 
-    def clear(self, address: int, word: CData, *, mmio: bool = False) -> Action:
-        """Four-byte writes to `address` clear those bits of *word."""
-        return self._add(lib.PK_CLEAR, range(address, address + 4), mmio, True, word=word)
+    def clear(self, address: int, word: CData, *, keep: int = 0, mmio: bool = False) -> Action:
+        """Four-byte writes to `address` clear those bits of *word, but none of `keep`."""
+        return self._add(lib.PK_CLEAR, range(address, address + 4), mmio, True, value=keep, word=word)
 
     def _add(
         self,

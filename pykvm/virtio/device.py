@@ -41,6 +41,7 @@ class VirtioDevice:
     features     device-specific feature bits offered; the transport adds VERSION_1, INDIRECT_DESC and EVENT_IDX
     queue_sizes  the maximum size of each queue, powers of two up to 1024
     external     a back end in another process serves the queues: nothing here polls their kick eventfds
+    outside      the queues of which that is true, where it is not true of all: the others are served here
     own_thread   handlers run on an I/O thread of this device alone, for one whose requests may block
     shared_memory  guest memory has to be memfds that another process can map (MachineConfig.memfd)
     memory_size  bytes of guest physical memory that the device brings along: the board calls `place` for it
@@ -54,6 +55,7 @@ class VirtioDevice:
     features = 0
     queue_sizes: Sequence[int] = ()
     external = False
+    outside: Sequence[int] = ()
     own_thread = False
     shared_memory = False
     memory_size = 0

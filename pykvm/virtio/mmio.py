@@ -93,8 +93,8 @@ class VirtioMmio(Device):
         except BaseException:
             self._close_eventfds()
             raise
-        if not device.external:
-            for index, kick in enumerate(self.kicks):
+        for index, kick in enumerate(self.kicks):
+            if self._is_ours(index):
                 self.io.add_reader(kick, self._on_ready[index])
 
     @property
@@ -102,11 +102,20 @@ class VirtioMmio(Device):
         """The register InterruptStatus, a uint32_t * for atomic operations."""
         return self._word
 
+    def _is_ours(self, index: int) -> bool:
+        """Whether the queue is served here, and not by a back end."""
+        return not self.device.external and index not in self.device.outside
+
+    @property
+    def _constant_bits(self) -> int:
+        """What InterruptStatus always shows: a back end's interrupts do not pass here."""
+        return RING_BIT if self.device.external or self.device.outside else 0
+
     def _forget(self) -> None:
         self.status = 0
         self.driver_features = 0
         self._feature_page = self._driver_page = self._queue_index = 0
-        self._word[0] = RING_BIT if self.device.external else 0  # a back end's interrupts do not pass here
+        self._word[0] = self._constant_bits
 
     @property
     def offered(self) -> int:
@@ -131,8 +140,7 @@ class VirtioMmio(Device):
     def answer_in_c(self, actions: ActionTable) -> None:
         """Let C answer the registers of the interrupt handler."""
         actions.load(self.base + lib.VIRTIO_MMIO_INTERRUPT_STATUS, self._word, mmio=True)
-        if not self.device.external:
-            actions.clear(self.base + lib.VIRTIO_MMIO_INTERRUPT_ACK, self._word, mmio=True)
+        actions.clear(self.base + lib.VIRTIO_MMIO_INTERRUPT_ACK, self._word, keep=self._constant_bits, mmio=True)
 
     def reset(self) -> None:
         """Device reset, by the driver (status 0) or with the machine (2.4)."""
@@ -343,8 +351,7 @@ class VirtioMmio(Device):
             if value < len(self.queues):
                 self.notify(value)
         elif offset == lib.VIRTIO_MMIO_INTERRUPT_ACK:
-            if not self.device.external:
-                lib.pk_word_and(self._word, ~value & 0xFFFFFFFF)
+            lib.pk_word_and(self._word, ~value & 0xFFFFFFFF | self._constant_bits)
         elif offset == lib.VIRTIO_MMIO_DEVICE_FEATURES_SEL:
             self._feature_page = value
         elif offset == lib.VIRTIO_MMIO_DRIVER_FEATURES_SEL:

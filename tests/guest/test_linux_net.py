@@ -1,4 +1,4 @@
-"""Networks with Debian's kernel: DHCP and a forwarded port through passt, TCP transfers through passt and a tap.
+"""Networks with Debian's kernel: DHCP and a forwarded port through passt, TCP transfers through passt and taps.
 
 PYKVM_NET_MIB says how much each transfer moves (default 4; 100 takes minutes on an emulated CPU).
 """
@@ -24,6 +24,7 @@ from pykvm import BootConfig, Outcome, Pc
 from pykvm.virtio.net import Net
 from pykvm.virtio.passt import Passt
 from pykvm.virtio.tap import Tap
+from pykvm.virtio.vhost_net import VhostNet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 MIB = int(os.environ.get("PYKVM_NET_MIB", "4"))
 SECONDS = 100 + 4 * MIB  # for one expectation; the lab's CPU is emulated and may share its machine
 GATEWAY, TAP_HOST, TAP_GUEST = "192.168.77.1", "10.77.0.1", "10.77.0.2"
+VHOST_HOST, VHOST_GUEST = "10.79.0.1", "10.79.0.2"
 WEB, UPLOAD = 8000, 9000  # ports of the lab, at its lo and at the tap
 FORWARDED, END = 18080, 19001  # ports of the lab that lead to 8080 and 9001 of the guest
 
@@ -55,6 +57,9 @@ transfer {GATEWAY}
 ip addr add {TAP_GUEST}/24 dev eth1
 ip link set eth1 up
 transfer {TAP_HOST}
+ip addr add {VHOST_GUEST}/24 dev eth2
+ip link set eth2 up
+transfer {VHOST_HOST}
 mkdir /www
 echo "the guest's page" >/www/page
 httpd -p 8080 -h /www
@@ -68,6 +73,8 @@ def uplink() -> Iterator[None]:
     """A default route, which the lab has not, and without which passt sees no network to show to the guest."""
     if not os.path.exists("/dev/net/tun"):
         pytest.fail("the lab has no /dev/net/tun: scripts/lab --module tun", pytrace=False)
+    if not os.path.exists("/dev/vhost-net"):
+        pytest.fail("the lab has no /dev/vhost-net: scripts/lab --module vhost_net", pytrace=False)
     if not shutil.which("passt"):
         pytest.fail("passt is not installed: scripts/setup --lab", pytrace=False)
     for words in (
@@ -138,28 +145,29 @@ def ended_by_connecting(pc: Pc) -> Outcome | None:
 
 
 @pytest.mark.timeout(2 * SECONDS)
-def test_user_network_and_tap(uplink: None, data: bytes, guest_kernel: Path, initrd_with: Callable[..., Path]) -> None:
-    """The guest gets an address by DHCP; TCP transfers both ways are intact, by passt and by a tap; http comes in."""
+def test_networks(uplink: None, data: bytes, guest_kernel: Path, initrd_with: Callable[..., Path]) -> None:
+    """DHCP gives an address; TCP both ways is intact, by passt, a tap and a tap with vhost-net; http comes in."""
     digest = hashlib.sha256(data).hexdigest()
     user = Net(Passt([f"tcp:127.0.0.1:{FORWARDED}-:8080", f"tcp:127.0.0.1:{END}-:9001"], options=["-4"]))
-    tap = Tap()
-    wired = Net(tap)
-    subprocess.run(["ip", "addr", "add", f"{TAP_HOST}/24", "dev", tap.ifname], check=True)
+    taps = {TAP_HOST: Tap(), VHOST_HOST: Tap()}
+    wired, vhost = Net(taps[TAP_HOST]), VhostNet(taps[VHOST_HOST])
+    for address, tap in taps.items():
+        subprocess.run(["ip", "addr", "add", f"{address}/24", "dev", tap.ifname], check=True)
     initrd = initrd_with("virtio_mmio", "virtio_net", files={"bin/job": JOB.encode(), "bin/dhcp": DHCP_SCRIPT})
     boot = BootConfig(str(guest_kernel), initrd=str(initrd), cmdline="console=ttyS0 quiet pykvm.run=job")
-    uploads = Uploads(2)
-    with Pc(boot, memory=f"{384 + 2 * MIB}M", devices=[user, wired]) as pc:
+    uploads = Uploads(3)
+    with Pc(boot, memory=f"{384 + 2 * MIB}M", devices=[user, wired, vhost]) as pc:
         pc.start()
         pc.console.expect(r"job: .*inet 192\.168\.77\.2/24", timeout=SECONDS)
         pc.console.expect(r"job: .*mtu 65520", timeout=SECONDS)
-        pc.console.expect(f"job: got {digest}  - from {GATEWAY}", timeout=SECONDS)
-        pc.console.expect(f"job: got {digest}  - from {TAP_HOST}", timeout=SECONDS)
+        for address in (GATEWAY, TAP_HOST, VHOST_HOST):
+            pc.console.expect(f"job: got {digest}  - from {address}", timeout=SECONDS)
         pc.console.expect("job: serving", timeout=SECONDS)
         with urllib.request.urlopen(f"http://127.0.0.1:{FORWARDED}/page", timeout=SECONDS) as page:
             assert page.read() == b"the guest's page\n"
         assert ended_by_connecting(pc) == Outcome.POWER_OFF, pc.console.text[-2000:]
         assert "pykvm-initramfs: status 0" in pc.console.text
     uploads.close()
-    assert uploads.hashes == [digest, digest]
+    assert uploads.hashes == [digest] * 3
     assert wired.frames["rx"] < MIB << 20 >> 11  # large segments passed unfinished, not one by one
     assert wired.dropped == user.dropped == {"rx": 0, "tx": 0}
