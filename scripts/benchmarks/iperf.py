@@ -26,6 +26,7 @@ SECONDS = 4  # of each direction
 MEMORY_MIB = 256
 TIMEOUT_S = 200
 OURS, QEMU = "pykvm", "QEMU microvm"
+VHOST, OVER_VHOST = "/dev/vhost-net", ", vhost"  # the device, and who uses it
 APPEND = "console=ttyS0 quiet pykvm.run=job"
 DIRECTIONS = {"to the host": "", "to the guest": "-R"}
 JOB = "\n".join(
@@ -44,7 +45,8 @@ NOTES = (
     f"iperf3 in the guest, one TCP stream for {SECONDS} s each way, its server at the other end of the tap; figures "
     "are of the receiver. Each boots the same Debian kernel and initramfs anew, one vCPU.",
     "Both offer checksum and segmentation offload and mergeable buffers. QEMU: virtio-net-device without vhost, "
-    "served by its main loop.",
+    f"served by its main loop; with vhost, where there is {VHOST} (scripts/lab --module vhost_net), the host's kernel "
+    "serves both alike.",
 )
 
 
@@ -76,18 +78,22 @@ def make_initrd(target: Path) -> str:
 def candidates(setup: Setup, kernel: str) -> list[Candidate]:
     """Who takes part, in the order of a round."""
     initrd = make_initrd(setup.folder / "iperf.cpio.gz")
-    net = f"tap,ifname={tapnet.TAP},mac={tapnet.GUEST_MAC}"
-    rest = ["--net", net, "--initrd", initrd, "--append", APPEND, kernel]
-    theirs = peers.qemu(
-        *("-global", "virtio-mmio.force-legacy=false"),
-        *("-netdev", f"tap,id=n,ifname={tapnet.TAP},script=no,downscript=no,vhost=off"),
-        *("-device", f"virtio-net-device,netdev=n,mac={tapnet.GUEST_MAC}"),
-        *("-kernel", kernel, "-initrd", initrd, "-append", APPEND),
-        memory_mib=MEMORY_MIB,
-    )
-    ours = [*setup.pykvm, "start", "--mem", f"{MEMORY_MIB}M", *rest]
     prints = "pykvm-initramfs: status 0"
-    return [Candidate(OURS, ours, 0, prints, setup.environment), Candidate(QEMU, theirs, 0, prints)]
+    found = []
+    for name, mine, theirs in (("", "", "off"), (OVER_VHOST, ",vhost", "on"))[: 1 + os.path.exists(VHOST)]:
+        net = f"tap,ifname={tapnet.TAP},mac={tapnet.GUEST_MAC}{mine}"
+        ours = [*setup.pykvm, "start", "--mem", f"{MEMORY_MIB}M", "--net", net]
+        ours += ["--initrd", initrd, "--append", APPEND, kernel]
+        qemu = peers.qemu(
+            *("-global", "virtio-mmio.force-legacy=false"),
+            *("-netdev", f"tap,id=n,ifname={tapnet.TAP},script=no,downscript=no,vhost={theirs}"),
+            *("-device", f"virtio-net-device,netdev=n,mac={tapnet.GUEST_MAC}"),
+            *("-kernel", kernel, "-initrd", initrd, "-append", APPEND),
+            memory_mib=MEMORY_MIB,
+        )
+        found.append(Candidate(OURS + name, ours, 0, prints, setup.environment))
+        found.append(Candidate(QEMU + name, qemu, 0, prints))
+    return found
 
 
 def measure(candidate: Candidate) -> dict[str, float]:
@@ -118,9 +124,11 @@ def run(setup: Setup) -> Comparison:
             server.kill()
             server.wait()
     aims = []
-    if OURS in series and QEMU in series:
-        for name in DIRECTIONS:
-            aims.append(Aim(f"{name}: {OURS} / {QEMU}, aim 1.00", series[OURS][name].over(series[QEMU][name])))
+    for kind in ("", OVER_VHOST):
+        ours, theirs = OURS + kind, QEMU + kind
+        if ours in series and theirs in series:
+            for name in DIRECTIONS:
+                aims.append(Aim(f"{name}: {ours} / {theirs}, aim 1.00", series[ours][name].over(series[theirs][name])))
     return Comparison(
         name="iperf",
         title="TCP over a tap between Debian's kernel and the host",
