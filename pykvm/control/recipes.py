@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pykvm.core.state import BOOL, U32, U64, Bytes, Int, Kind, ListOf, Row, Shape, Text
 from pykvm.errors import SnapshotError, UsageError
+from pykvm.virtio.rate import limit_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,6 +27,17 @@ class _Options(Kind):
     def accepts(self, value: object) -> bool:
         """A document."""
         return isinstance(value, dict)
+
+
+class _Limit(Kind):
+    """A rate limit as pykvm.virtio.rate.numbers_of gives it."""
+
+    def __init__(self) -> None:
+        super().__init__("a rate limit")
+
+    def accepts(self, value: object) -> bool:
+        """[] or three numbers."""
+        return value == [] or Row(*[Int(0, 1 << 62)] * 3).accepts(value)
 
 
 _RECIPES = ListOf(Row(Text(20), _Options()), 0, MAX_DEVICES)
@@ -86,13 +98,13 @@ def make_devices(recipes: object, path: str, ends: Ends) -> list[VirtioDevice]:
 def _disk(options: dict[str, Any]) -> VirtioDevice:
     from pykvm.virtio.blk import Disk
 
-    return Disk(**options)
+    return Disk(**{**options, "limit": limit_of(options["limit"])})
 
 
 def _rng(options: dict[str, Any]) -> VirtioDevice:
     from pykvm.virtio.rng import Rng
 
-    return Rng()
+    return Rng(limit_of(options["limit"]))
 
 
 def _console(options: dict[str, Any]) -> VirtioDevice:
@@ -124,7 +136,7 @@ def _net(options: dict[str, Any]) -> VirtioDevice:
 
     found = options["backend"]
     backend = found if found is None or isinstance(found, NetBackend) else _net_backend(*found)
-    net = Net(backend, mtu=options["mtu"] or None, link=options["link"])
+    net = Net(backend, mtu=options["mtu"] or None, link=options["link"], limit=limit_of(options["limit"]))
     net.mac = options["mac"]
     net.features = options["features"] & (known_features() if backend is None else net.features)
     return net
@@ -177,14 +189,24 @@ def _share(options: dict[str, Any]) -> VirtioDevice:
 # kind -> (what its options are, function that makes it)
 _KINDS: dict[str, tuple[Shape, Callable[[dict[str, Any]], VirtioDevice]]] = {
     "disk": (
-        Shape(1, path=PATH, readonly=BOOL, id=Text(20), direct=BOOL, queues=Int(1, 16), thread=BOOL, overlay=BOOL),
+        Shape(
+            1,
+            path=PATH,
+            readonly=BOOL,
+            id=Text(20),
+            direct=BOOL,
+            queues=Int(1, 16),
+            thread=BOOL,
+            overlay=BOOL,
+            limit=_Limit(),
+        ),
         _disk,
     ),
-    "rng": (Shape(1), _rng),
+    "rng": (Shape(1, limit=_Limit()), _rng),
     "console": (Shape(1, ports=ListOf(Row(Text(255), BOOL, PATH), 1, 16)), _console),
     "balloon": (Shape(1, deflate_on_oom=BOOL, reporting=BOOL), _balloon),
     "net": (
-        Shape(1, mac=Bytes(6), mtu=Int(0, 65535), link=BOOL, features=U64, backend=_Backend()),
+        Shape(1, mac=Bytes(6), mtu=Int(0, 65535), link=BOOL, features=U64, backend=_Backend(), limit=_Limit()),
         _net,
     ),
     "image": (Shape(1, path=PATH, kind=Text(10), readonly=BOOL, direct=BOOL, queues=Int(1, 16)), _image),

@@ -277,11 +277,14 @@ class Disk(VirtioDevice):
 
     def twin(self) -> Disk:
         """The same image, its overlay to be filled in by `restore`."""
-        return Disk(self.path, **self._recipe, limit=self.limit)  # type: ignore[arg-type]
+        limit = self.limit.again() if self.limit is not None else None
+        return Disk(self.path, **self._recipe, limit=limit)  # type: ignore[arg-type]
 
     def recipe(self) -> tuple[str, dict[str, object]]:
-        """Its options; a file does not remember a rate limit."""
-        return "disk", {"path": os.path.abspath(self.path), **self._recipe}
+        """Its options."""
+        from pykvm.virtio.rate import numbers_of
+
+        return "disk", {"path": os.path.abspath(self.path), **self._recipe, "limit": numbers_of(self.limit)}
 
     # -- requests (5.2.6) ---------------------------------------------------------------------------------------
 

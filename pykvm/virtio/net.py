@@ -284,14 +284,18 @@ class Net(VirtioDevice):
 
     def twin(self) -> Net:
         """One that is not plugged in; see `plug`."""
-        twin = Net(None, mtu=self.mtu or None, link=self.link, limit=self.limit)
+        limit = self.limit.again() if self.limit is not None else None
+        twin = Net(None, mtu=self.mtu or None, link=self.link, limit=limit)
         twin.mac, twin.features, twin.native = self.mac, self.features, self.native
         return twin
 
     def recipe(self) -> tuple[str, dict[str, object]]:
         """Its options, and the backend's recipe."""
+        from pykvm.virtio.rate import numbers_of
+
         backend = self.backend.recipe() if self.alive else None
         options = {"mac": self.mac, "mtu": self.mtu, "link": self.link, "features": self.features}
+        options["limit"] = numbers_of(self.limit)
         return "net", {**options, "backend": [] if backend is None else [*backend]}
 
     def close(self) -> None:

@@ -61,8 +61,17 @@ class RateLimit:
         burst_bytes: int | None = None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
+        self.options: dict[str, int | None] = {
+            "bytes_per_s": bytes_per_s,
+            "ops_per_s": ops_per_s,
+            "burst_bytes": burst_bytes,
+        }
         self._bytes = TokenBucket(bytes_per_s, burst_bytes, clock) if bytes_per_s else None
         self._ops = TokenBucket(ops_per_s, None, clock) if ops_per_s else None
+
+    def again(self) -> RateLimit:
+        """The same limit for another device, which pays for itself."""
+        return RateLimit(**self.options)  # type: ignore[arg-type]
 
     def delay(self) -> float:
         """Seconds until the next request may start; 0.0 now."""
@@ -75,6 +84,19 @@ class RateLimit:
             self._bytes.charge(size)
         if self._ops is not None:
             self._ops.charge(operations)
+
+
+def numbers_of(limit: RateLimit | None) -> list[int]:
+    """[bytes a second, operations a second, burst in bytes] for a snapshot file, 0 for none; [] without a limit."""
+    return [] if limit is None else [number or 0 for number in limit.options.values()]
+
+
+def limit_of(numbers: list[int]) -> RateLimit | None:
+    """What `numbers_of` described."""
+    if not numbers:
+        return None
+    rate, operations, burst = numbers
+    return RateLimit(bytes_per_s=rate, ops_per_s=operations, burst_bytes=burst or None)
 
 
 class Throttle:

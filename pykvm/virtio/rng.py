@@ -32,12 +32,14 @@ class Rng(VirtioDevice):
         self.limit = limit
 
     def twin(self) -> Rng:
-        """Another one, within the same rate limit."""
-        return Rng(self.limit)
+        """Another one, with a rate limit of its own."""
+        return Rng(self.limit.again() if self.limit is not None else None)
 
     def recipe(self) -> tuple[str, dict[str, object]]:
-        """A file does not remember a rate limit."""
-        return "rng", {}
+        """Its rate limit."""
+        from pykvm.virtio.rate import numbers_of
+
+        return "rng", {"limit": numbers_of(self.limit)}
 
     def on_request(self, queue: Virtqueue, chain: Chain) -> int | None:
         """Random bytes for what is writable; a buffer that is readable is none of ours (5.4.6.1)."""

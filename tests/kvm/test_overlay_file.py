@@ -20,6 +20,9 @@ from pykvm import Machine, Outcome, Pc, SnapshotError, restore_file
 from pykvm.snapshot.format import PAGE
 from pykvm.snapshot.load import load
 from pykvm.virtio.blk import Disk
+from pykvm.virtio.net import Net
+from pykvm.virtio.rate import RateLimit, numbers_of
+from pykvm.virtio.rng import Rng
 
 SIZE = (4 << 20) + 512
 WRITES = ((0, b"first"), (1 << 20, bytes(4096)), ((1 << 20) + 65000, b"across" * 2000), (SIZE - 512, b"last" * 128))
@@ -136,6 +139,21 @@ def test_at_a_shell(guest: str, image: Path, tmp_path: Path) -> None:
     os.utime(image, (1, 1))
     done = run("restore", path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "has changed since" in done.stderr
+
+
+def test_rate_limits_are_kept(guest: str, image: Path, tmp_path: Path) -> None:
+    """A file has the rate limits of its devices, and a fork has limits of its own."""
+    limits = (RateLimit(bytes_per_s=1 << 20, burst_bytes=1 << 22), RateLimit(ops_per_s=7), None)
+    devices = [Disk(image, overlay=True, limit=limits[0]), Rng(limits[1]), Net(None, limit=limits[2])]
+    with Pc(guest, memory="4M", devices=devices) as machine:
+        machine.console.expect("ready")
+        machine.save(str(tmp_path / "vm"))
+        with machine.fork() as child:
+            for mine, theirs in zip(machine.virtio, child.virtio, strict=True):
+                assert mine.device.limit is None or mine.device.limit is not theirs.device.limit
+    with restore_file(tmp_path / "vm") as machine:
+        assert isinstance(machine, Pc)
+        assert [numbers_of(each.device.limit) for each in machine.virtio] == [*map(numbers_of, limits)]
 
 
 def test_an_image_that_was_cut_short(vm: Pc, image: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pykvm.errors import ConfigError
 from pykvm.virtio.device import VirtioDevice
-from pykvm.virtio.rate import RateLimit, Throttle, TokenBucket, parse_rate
+from pykvm.virtio.rate import RateLimit, Throttle, TokenBucket, limit_of, numbers_of, parse_rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -183,3 +183,15 @@ def test_words_of_a_spec() -> None:
     limit = parse_rate({"rate": "10M", "iops": "100", "burst": "1M"})
     assert limit is not None and limit._bytes is not None and limit._ops is not None
     assert (limit._bytes.rate, limit._bytes.burst, limit._ops.rate) == (10 << 20, 1 << 20, 100)
+
+
+@pytest.mark.parametrize("options", [{}, {"bytes_per_s": 1000}, {"ops_per_s": 5, "bytes_per_s": 9, "burst_bytes": 100}])
+def test_a_limit_in_a_file(options: dict[str, int]) -> None:
+    """What a snapshot file says of a limit makes the same one again, which owes nothing."""
+    limit = RateLimit(**options)  # type: ignore[arg-type]
+    limit.charge(1 << 20)
+    for other in (limit_of(numbers_of(limit)), limit.again()):
+        assert other is not None
+        assert other.options == {"bytes_per_s": 0, "ops_per_s": 0, "burst_bytes": None} | options
+        assert other.delay() == 0
+    assert numbers_of(None) == [] and limit_of([]) is None
