@@ -12,7 +12,7 @@ from pykvm.core.state import BOOL, U64, Int, ListOf, Row, Shape, Text
 from pykvm.core.vmsetup import host_cpuid
 from pykvm.errors import HostError, SnapshotError, UsageError
 from pykvm.kvm.system import Kvm
-from pykvm.snapshot.apply import check, forgive_pause, put_state
+from pykvm.snapshot.apply import check, put_state
 from pykvm.snapshot.describe import check_cpu, machine_config
 from pykvm.snapshot.load import SnapshotFile, load
 
@@ -74,7 +74,8 @@ def restore_file(
         devices = check(machine, file.snapshot).devices
         _check_tsc(machine, file)
         put_state(machine, file.snapshot, devices)
-        forgive_pause(machine)
+        for vcpu in machine.vcpus:
+            vcpu.forgive_pause()
     except BaseException:
         machine.close()
         raise

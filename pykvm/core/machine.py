@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
+FORGIVEN_S = 1.0  # a pause of this length is told to the guest; Linux's watchdogs complain after 10 and 20 s
 STOP_TIMEOUT_S = 5.0  # a vCPU leaves the guest in microseconds; longer means that a device's Python code hangs
 
 
@@ -481,6 +482,8 @@ class Machine(Debugging, Driving, Snapshots):
     def _resume(self, vcpus: Sequence[Vcpu]) -> None:
         """Under `_changed`."""
         for vcpu in [each for each in vcpus if self._active and not each.running]:
+            if vcpu.stopped_at is not None and monotonic() - vcpu.stopped_at > FORGIVEN_S:
+                vcpu.forgive_pause()
             vcpu.running = True
             vcpu.resume()  # under the lock: another vCPU's end must not post its pause before this
 
@@ -546,6 +549,7 @@ class Machine(Debugging, Driving, Snapshots):
                 outcome = None
         with self._changed:
             vcpu.running = False
+            vcpu.stopped_at = monotonic()
             if error is not None or outcome is not None:
                 self._end(outcome, error)
             self._changed.notify_all()

@@ -92,6 +92,7 @@ class Vcpu:
         self.hooks = owner.hooks
         self.coalesced_lock = owner.coalesced_lock
         self.running = False
+        self.stopped_at: float | None = None  # monotonic time at which it last left the guest; guarded likewise
         self.before_run: Callable[[Vcpu], Outcome | None] | None = None  # called once, on the way into the guest
         self.traced: Callable[[Vcpu], Outcome | None] | None = None  # runs the guest instead of `_run_guest`
         self.state: CData = ffi.new("struct pk_vcpu *")
@@ -160,6 +161,13 @@ class Vcpu:
         """General, segment and control registers as plain data."""
         fd = self._paused_fd()
         return state_from_kvm(fd.get_regs(), fd.get_sregs())
+
+    def forgive_pause(self) -> None:
+        """Tell a guest with kvmclock that it was stopped, so that its watchdogs forgive (KVM_KVMCLOCK_CTRL, 4.69)."""
+        try:
+            self.fd.kvmclock_ctrl()
+        except KvmError:
+            pass  # EINVAL: the guest has no kvmclock
 
     def exit_counts(self) -> dict[int, int]:
         """Exits by reason (number), those that C answered included."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pykvm._native import lib
 from pykvm.core.device import Device
 from pykvm.core.memimage import install, revert
-from pykvm.errors import KvmError, SnapshotError
+from pykvm.errors import SnapshotError
 from pykvm.snapshot.cpu import VCPU_SHAPE, VM_SHAPE
 from pykvm.snapshot.take import held, holders, named_devices, take
 
@@ -137,12 +137,3 @@ def put_state(machine: Machine, snapshot: Snapshot, devices: list[tuple[Device, 
     vm.apply_clock(machine.vm)
     for device, state in devices:
         device.restore(state)  # type: ignore[arg-type]
-
-
-def forgive_pause(machine: Machine) -> None:
-    """Tell guests with kvmclock that they were stopped, so that their watchdogs forgive (KVM_KVMCLOCK_CTRL)."""
-    for vcpu in machine.vcpus:
-        try:
-            vcpu.fd.kvmclock_ctrl()
-        except KvmError:
-            return  # EINVAL: the guest has no kvmclock

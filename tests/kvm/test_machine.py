@@ -325,3 +325,16 @@ def test_a_late_message_does_not_end_the_thread() -> None:
         assert vm.run(timeout=5) == Outcome.HALTED
         vm.vcpus[0].post(late)
         assert vm.run(timeout=5) == Outcome.HALTED
+
+
+@pytest.mark.parametrize("long", [True, False])
+def test_a_long_pause_is_told_to_the_guest(monkeypatch: pytest.MonkeyPatch, long: bool) -> None:
+    """Who has kvmclock finds in it that it was stopped (PVCLOCK_GUEST_STOPPED), unless that was but for a moment."""
+    monkeypatch.setattr("pykvm.core.machine.FORGIVEN_S", 0.0 if long else 3600.0)
+    kvmclock_msr, flags, stopped = 0x4B564D01, 29, 1 << 1  # MSR_KVM_SYSTEM_TIME_NEW, struct pvclock_vcpu_time_info
+    with machine(SPIN) as vm:
+        vm.vcpus[0].fd.set_msrs({kvmclock_msr: 0x2000 | 1})
+        assert vm.run(timeout=0.02).kind == "TIMEOUT"
+        assert vm.memory[0x2000] == 2 and not vm.memory[0x2000 + flags] & stopped  # an even version: it is written
+        assert vm.run(timeout=0.02).kind == "TIMEOUT"
+        assert bool(vm.memory[0x2000 + flags] & stopped) is long
