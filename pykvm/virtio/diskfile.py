@@ -37,7 +37,7 @@ UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
 class DiskFile:
     """An open image. Offsets and lengths are bytes; errors are OSError, EIO where the file is shorter than it was.
 
-    length, size  bytes at the time of opening, and those of whole sectors
+    length, size  bytes at the time of opening, and those of whole units
     block_size   what offsets, lengths and addresses of direct I/O are multiples of; else 512
     physical     the unit in which the host writes
     fd           the file; with O_DIRECT for `direct`
@@ -47,6 +47,7 @@ class DiskFile:
     """
 
     option = "disk"  # that a user named it by
+    unit = SECTOR  # bytes: what the guest sees is a multiple of it
 
     def __init__(self, path: str, *, readonly: bool = False, direct: bool = False) -> None:
         self.path = path
@@ -79,10 +80,10 @@ class DiskFile:
             raise self._refuse(self._why(error)) from None
         self._lock()
         self.length = size = os.lseek(self.fd, 0, os.SEEK_END)
-        self.size = size // SECTOR * SECTOR
+        self.size = size // self.unit * self.unit
         if not self.size:
             raise self._refuse(f"{size} bytes hold no sector: make an image first, say by truncate -s 1G FILE")
-        if size % SECTOR and self.option == "disk":
+        if size % self.unit:
             log.warning("disk does not end at a sector: the guest does not see its last bytes", disk=self.path)
         status = os.fstat(self.fd)
         self.physical = max(SECTOR, status.st_blksize) if not self.is_block else self._block_device_unit()

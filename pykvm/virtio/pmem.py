@@ -30,7 +30,7 @@ OK, FAILED = 0, 1
 
 
 class _File(DiskFile):
-    option = "pmem"
+    option, unit = "pmem", 1
 
 
 class Pmem(VirtioDevice):
@@ -51,7 +51,7 @@ class Pmem(VirtioDevice):
         self.name = f"pmem {self.path}"
         self.file = _File(self.path, readonly=readonly)
         self.flushes = 0
-        length = self.file.length
+        length = self.file.size
         self.memory_size = (length + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
         if length != self.memory_size and not readonly:
             self.file.close()
