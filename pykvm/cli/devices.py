@@ -45,15 +45,16 @@ def _image_disk(path: str, words: dict[str, str]) -> VirtioDevice:
     from pykvm.virtio.imagedisk import ImageDisk
 
     for word in words:
-        if word not in ("ro", "direct", "queues", "format"):
+        if word not in ("ro", "direct", "overlay", "queues", "format"):
             raise UsageError(
-                f"--disk: {word} is for raw images; one of format={words['format']} has ro, direct, queues"
+                f"--disk: {word} is for raw images; one of format={words['format']} has ro, direct, overlay, queues"
             )
     return ImageDisk(
         path,
         words["format"],
         readonly="ro" in words,
         direct="direct" in words,
+        overlay="overlay" in words,
         queues=parse_int(words.get("queues", "1"), "queues"),
     )
 

@@ -61,6 +61,10 @@ class BackendSource:
     def stop(self) -> None:
         """The connection was closed: end what is behind it. Idempotent."""
 
+    def end(self) -> None:
+        """As `stop`, of a back end that is well."""
+        self.stop()
+
 
 class ProcessBackend(BackendSource):
     """A program that serves the listening socket whose descriptor it is given.
@@ -88,6 +92,7 @@ class ProcessBackend(BackendSource):
         self.option = option
         self._command = command
         self._confinement = ("readonly" if readonly else "", root_at)
+        self.fds: Callable[[], Sequence[int]] = tuple  # more descriptors that the program gets
         self.process: subprocess.Popen[bytes] | None = None
         self._heard: list[str] = []  # the last lines of this process
         self._end = ""
@@ -113,7 +118,12 @@ class ProcessBackend(BackendSource):
         words = [sys.executable, "-P", "-c", LAUNCH, package, *self._confinement, *self._command(fd)]
         try:
             self.process = spawn(
-                words, pass_fds=(fd,), stdin=subprocess.DEVNULL, stdout=said_end, stderr=said_end, process_group=0
+                words,
+                pass_fds=(fd, *self.fds()),
+                stdin=subprocess.DEVNULL,
+                stdout=said_end,
+                stderr=said_end,
+                process_group=0,
             )
         except OSError as error:
             raise ConfigError(self.option, f"cannot run {self.name}: {error.strerror}") from None
@@ -160,6 +170,12 @@ class ProcessBackend(BackendSource):
         self.process = None
         os.close(self.voice)
         self.voice = -1
+
+    def end(self) -> None:
+        """End the process at once: there is nothing to learn from how it ends by itself."""
+        if self.process is not None:
+            _kill_group(self.process, self.stop_s)
+        self.stop()
 
 
 def _kill_group(process: subprocess.Popen[bytes], patience_s: float) -> None:

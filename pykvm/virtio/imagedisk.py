@@ -13,11 +13,14 @@ from pykvm._native import ffi, lib
 from pykvm.core.state import U64, Bytes, Row, Shape
 from pykvm.errors import ConfigError, SnapshotError
 from pykvm.virtio.backend import ProcessBackend
+from pykvm.virtio.diskfile import SECTOR
 from pykvm.virtio.vhost_user import VhostUser
+from pykvm.virtio.vhostmsg import BackendError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pykvm.core.state import State
+    from pykvm.virtio.imagelayers import Stack
     from pykvm.virtio.vhostmsg import Connection
 
 PROGRAM = "qemu-storage-daemon"
@@ -36,19 +39,33 @@ class ImageDisk(VhostUser):
     readonly  the guest can only read, and so does the daemon
     direct    past the host's page cache (O_DIRECT)
     queues    request queues, one for each vCPU at best
+    overlay   keep what the guest writes in memory (pykvm.virtio.imagelayers): the image is only read, and gone is what
+              was written at the end. Snapshots and forks of a machine take its writable disks along only so
 
     Raises ConfigError.
     """
 
     device_id = lib.VIRTIO_ID_BLOCK
     has_config = True
+    settle_s = 10.0  # what is served after the snapshot was taken changes the image
     _put_away = False  # the daemon was ended for a snapshot
 
-    def __init__(self, path: str, kind: str, *, readonly: bool = False, direct: bool = False, queues: int = 1) -> None:
+    def __init__(
+        self,
+        path: str,
+        kind: str,
+        *,
+        readonly: bool = False,
+        direct: bool = False,
+        queues: int = 1,
+        overlay: bool = False,
+    ) -> None:
         if kind not in FORMATS:
             raise ConfigError("disk", f"format={kind} is none of raw, {', '.join(FORMATS)}")
         if not 1 <= queues <= MAX_QUEUES:
             raise ConfigError("disk", f"queues={queues} is not between 1 and {MAX_QUEUES}")
+        if overlay and readonly:
+            raise ConfigError("disk", "an overlay is not read-only")
         if not os.path.isfile(path):
             raise ConfigError("disk", f"{path} is no file")
         program = shutil.which(PROGRAM)
@@ -61,13 +78,35 @@ class ImageDisk(VhostUser):
         self._options = {"kind": kind, "readonly": readonly, "direct": direct, "queues": queues}
         self.queue_sizes = (QUEUE_SIZE,) * queues
         self._config = b""
+        self.stack: Stack | None = None
 
         def command(fd: int) -> list[str]:
-            return [program, *_daemon_words(path, kind, fd, readonly=readonly, direct=direct, queues=queues)]
+            node = "disk" if self.stack is None else "image"
+            words = _image_words(self.path, kind, node, readonly=readonly or overlay, direct=direct)
+            words += self.stack.words(node, "disk") if self.stack is not None else []
+            writable = not readonly and (not overlay or self.stack is not None)
+            return [program, *words, *_export_words(fd, writable=writable, queues=queues)]
 
         self._daemon = ProcessBackend(PROGRAM, "disk", command)
         self._daemon.stop_s = STOP_S
         super().__init__(self._daemon)
+        if overlay:
+            self._lay_over()
+
+    def _lay_over(self) -> None:
+        """Start the daemon once more, with a layer of the size that the image turned out to have."""
+        from pykvm.virtio.imagelayers import Stack
+
+        self.stack = stack = Stack(int.from_bytes(self._config[:8], "little") * SECTOR)
+        self._daemon.fds = lambda: stack.fds
+        try:
+            self._hang_up(well=True)
+            self.features = self._connect()
+        except BaseException as error:
+            self._release()
+            if isinstance(error, BackendError):
+                raise ConfigError("disk", f"{PROGRAM} cannot be used: {error}") from None
+            raise
 
     def greet(self, connection: Connection) -> None:
         """Size and limits of the disk do not change while the daemon has it open."""
@@ -75,20 +114,25 @@ class ImageDisk(VhostUser):
 
     # -- snapshots ----------------------------------------------------------------------------------------------
 
-    shape = Shape(1, stamp=Row(U64, U64), config=Bytes(CONFIG_SIZE))
+    @property
+    def shape(self) -> Shape:  # type: ignore[override]
+        """Which image it is, what the driver reads of it, and what lies over it."""
+        from pykvm.virtio.imagelayers import Layers
+
+        return Shape(1, stamp=Row(U64, U64), config=Bytes(CONFIG_SIZE), layers=Layers())
 
     def check_snapshot(self, *, to_file: bool) -> None:
-        """A writable image has only one state: the one that it is in."""
-        if not to_file and not self.readonly:
-            raise SnapshotError(
-                f"{self.name}: a snapshot would not keep what is on it: give it ro, or make it a raw image with overlay"
-            )
+        """A writable image has only one state: the one that it is in. Layers in memory are in no file."""
+        if to_file and self.stack is not None:
+            raise SnapshotError(f"{self.name}: its overlay is in memory and cannot be saved to a file")
+        if not to_file and self.stack is None and not self.readonly:
+            raise SnapshotError(f"{self.name}: a snapshot would not keep what is on it: give it overlay, or ro")
 
     def freeze(self) -> None:
         """Stop the rings, and have the daemon write out what it has of the image in its caches: it does at its end."""
         super().freeze()
         if self._connection is not None and not self.readonly:
-            self._hang_up()
+            self._hang_up(well=True)
             self._put_away = True
             if self._daemon.status:
                 raise SnapshotError(f"{self.name}: {PROGRAM} did not end in order (status {self._daemon.status})")
@@ -109,13 +153,18 @@ class ImageDisk(VhostUser):
 
     def save(self) -> State:
         """What image it is, and what the driver reads of it and may have written."""
-        return {"stamp": self._stamp(), "config": self._config}
+        layers = self.stack.freeze() if self.stack is not None else None
+        return {"stamp": self._stamp(), "config": self._config, "layers": layers}
 
     def restore(self, state: State) -> None:
         """Go on with an image that nobody has changed meanwhile. Raises SnapshotError for another one."""
         if state["stamp"] != self._stamp():
             raise SnapshotError(f"{self.name}: the image has changed since the snapshot")
-        if self._put_away:
+        if (self.stack is None) is not (state["layers"] is None):
+            raise SnapshotError(f"{self.name}: with an overlay in the machine or in the snapshot, but not in both")
+        if self.stack is not None:
+            self.stack.be(state["layers"])
+        if self._put_away or self.stack is not None:
             self.renew()
         if state["config"] != self._config:
             self.write_config(WCE_AT, state["config"][WCE_AT : WCE_AT + 1])
@@ -127,8 +176,8 @@ class ImageDisk(VhostUser):
         return [status.st_size, status.st_mtime_ns]
 
     def twin(self) -> ImageDisk:
-        """The same image, for reading."""
-        return ImageDisk(self.path, **self._options)  # type: ignore[arg-type]
+        """The same image, for reading, or with an overlay to be filled in by `restore`."""
+        return ImageDisk(self.path, **self._options, overlay=self.stack is not None)  # type: ignore[arg-type]
 
     def recipe(self) -> tuple[str, dict[str, object]]:
         """Its options."""
@@ -144,16 +193,21 @@ class ImageDisk(VhostUser):
         self._config = self._config[:offset] + data + self._config[offset + len(data) :]
 
 
-def _daemon_words(path: str, kind: str, fd: int, *, readonly: bool, direct: bool, queues: int) -> list[str]:
-    name = os.path.abspath(path).replace(",", ",,")
+def _image_words(path: str, kind: str, node: str, *, readonly: bool, direct: bool) -> list[str]:
+    name = path.replace(",", ",,")
     cache = f"cache.direct={'on' if direct else 'off'}"
     mode = f"read-only={'on' if readonly else 'off'}"
     return [
         "--blockdev",
         f"driver=file,node-name=file,filename={name},{cache},{mode},discard=unmap",
         "--blockdev",
-        f"driver={kind},node-name=disk,file=file,{cache},{mode},discard=unmap",
+        f"driver={kind},node-name={node},file=file,{cache},{mode},discard=unmap",
+    ]
+
+
+def _export_words(fd: int, *, writable: bool, queues: int) -> list[str]:
+    where = f"node-name=disk,addr.type=fd,addr.str={fd}"
+    return [
         "--export",
-        f"type=vhost-user-blk,id=disk,node-name=disk,addr.type=fd,addr.str={fd},"
-        f"writable={'off' if readonly else 'on'},num-queues={queues}",
+        f"type=vhost-user-blk,id=disk,{where},writable={'on' if writable else 'off'},num-queues={queues}",
     ]

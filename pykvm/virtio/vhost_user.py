@@ -45,6 +45,7 @@ class VhostUser(VirtioDevice):
     external = True
     own_thread = True  # a new back end takes a moment, one that hangs some seconds
     shared_memory = True
+    settle_s = 1.0  # how long a snapshot may wait for requests that are served one by one; those of some never end
     has_config = False  # whether the back end holds the configuration space (VHOST_USER_PROTOCOL_F_CONFIG)
 
     def __init__(self, source: BackendSource) -> None:
@@ -160,8 +161,8 @@ class VhostUser(VirtioDevice):
                 return
         self.transport.needs_reset(f"{self.source.name} is gone: {words}. {self.source.remedy}")
 
-    def _hang_up(self) -> None:
-        """Drop the connection, and the process behind it."""
+    def _hang_up(self, *, well: bool = False) -> None:
+        """Drop the connection, and the process behind it, which is `well` or perhaps dying."""
         connection, self._connection, self._active = self._connection, None, 0
         if connection is not None:
             if hasattr(self, "io"):
@@ -169,7 +170,10 @@ class VhostUser(VirtioDevice):
                 if self.source.voice >= 0:
                     self.io.remove_reader(self.source.voice)
             connection.close()
-        self.source.stop()
+        if well:
+            self.source.end()
+        else:
+            self.source.stop()
 
     # -- starting and stopping rings ----------------------------------------------------------------------------
 
@@ -214,8 +218,7 @@ class VhostUser(VirtioDevice):
         ones: a back end that finished them in another order left gaps, and nobody knows where.
         """
         size, read = queue.size, self.memory.read_uint
-        offered, done = read(queue.avail + 2, 2), read(queue.used + 2, 2)
-        waiting = (offered - done) & 0xFFFF
+        waiting, done = self._waiting(queue), read(queue.used + 2, 2)
         if waiting > size:
             raise BackendError(f"queue {queue.index} has {waiting} requests in {size} entries")
         before = [(done - 1 - back) % size for back in range(size - waiting)]
@@ -272,10 +275,14 @@ class VhostUser(VirtioDevice):
     # -- snapshots ----------------------------------------------------------------------------------------------
 
     def freeze(self) -> None:
-        """Stop the rings, each when the back end has finished what it took: where they stand is in the queues then."""
+        """Stop the rings, each when the back end has finished what it took: where they stand is in the queues then.
+
+        Until then it may go on with what the driver has made available already.
+        """
         connection = self._connection
         if not self._active or connection is None:
             return
+        self._settle()
         try:
             for queue in self.queues:
                 if queue.enabled:
@@ -286,6 +293,17 @@ class VhostUser(VirtioDevice):
             self._lost(str(error))
             raise SnapshotError(f"{self.name}: {self.source.name} cannot be stopped for a snapshot: {error}") from None
         self._active, self._frozen = 0, True
+
+    def _settle(self) -> None:
+        """Give the back end time to serve what there is; the vCPUs are paused."""
+        end = monotonic() + self.settle_s
+        while any(0 < self._waiting(queue) <= queue.size for queue in self.queues) and monotonic() < end:
+            sleep(DRAIN_STEP_S)
+
+    def _waiting(self, queue: Virtqueue) -> int:
+        """How many requests are not done; more than the queue has room for is a driver's nonsense."""
+        read = self.memory.read_uint
+        return (read(queue.avail + 2, 2) - read(queue.used + 2, 2)) & 0xFFFF if queue.enabled else 0
 
     def _await_end(self, queue: Virtqueue, base: int) -> None:
         """Wait until as many requests are done as were taken: some back ends let go of a ring before that."""
@@ -304,7 +322,7 @@ class VhostUser(VirtioDevice):
 
     def renew(self) -> None:
         """Go on with a new back end. Raises SnapshotError."""
-        self._hang_up()
+        self._hang_up(well=True)
         try:
             if self.features & ~self._connect():
                 raise BackendError("the new one has fewer features")

@@ -16,6 +16,7 @@ from qcow2 import qcow2
 
 from pykvm import Machine, SnapshotError, log, restore_file
 from pykvm.virtio.imagedisk import ImageDisk
+from pykvm.virtio.imagelayers import MAX_LAYERS, Stack
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -132,7 +133,7 @@ def test_it_goes_on_after_it_was_saved(image: Path, tmp_path: Path) -> None:
             assert machine.run(0.02).kind == "TIMEOUT"
             machine.save(str(tmp_path / "vm"))
         assert machine.run(guests.RUN_S).code == 0
-        with pytest.raises(SnapshotError, match="give it ro"):
+        with pytest.raises(SnapshotError, match="give it overlay, or ro"):
             machine.fork()
     with pytest.raises(SnapshotError, match="image has changed since"):
         restore_file(tmp_path / "vm")
@@ -149,3 +150,56 @@ def test_read_only_disks_are_forked_and_put_back(image: Path) -> None:
                 assert "type 0 at sector 8: status 0" in guests.text(each)
         machine.restore(snapshot)
         assert machine.run(guests.RUN_S).code == 0
+
+
+@pytest.mark.parametrize("mode", ["count=100 irq=1", "count=1000"])
+def test_overlays_are_forked_under_load(image: Path, mode: str) -> None:
+    """Copies made in the middle of verified writes each go on with a disk of their own; the image stays as it is."""
+    before = image.read_bytes()
+    disk = ImageDisk(str(image), "qcow2", overlay=True)
+    with guests.pc("blk.elf", f"mode=check {mode}", devices=[disk]) as machine:
+        copies = []
+        for _ in range(2):
+            assert machine.run(0.02).kind == "TIMEOUT"
+            copies.append(machine.fork())
+        snapshot = machine.snapshot()
+        with pytest.raises(SnapshotError, match="cannot be saved to a file"):
+            machine.save(str(image.parent / "vm"))
+        for each in (*copies, machine):
+            assert each.run(guests.RUN_S).code == 0, guests.text(each)
+            assert "blocks of 4096 bytes" in guests.text(each)
+        machine.restore(snapshot)
+        assert machine.run(guests.RUN_S).code == 0
+        for copy in copies:
+            copy.close()
+    assert image.read_bytes() == before
+
+
+def test_what_one_copy_writes_no_other_sees(image: Path) -> None:
+    """Each machine writes into a layer of its own; one in which nothing was written is no layer for the next one."""
+    disk = ImageDisk(str(image), "qcow2", overlay=True)
+    with guests.pc("blk.elf", "mode=check count=4", devices=[disk]) as machine:
+        machine.restore(machine.snapshot())
+        with machine.fork() as copy:
+            (theirs,) = copy.find(ImageDisk)
+            assert copy.run(guests.RUN_S).code == 0
+            snapshot = copy.snapshot()
+            assert theirs.stack is not None and len(theirs.stack.frozen) == 1 and theirs.stack.top.empty
+            with copy.fork(snapshot) as third:
+                assert third.find(ImageDisk)[0].stack.frozen == theirs.stack.frozen  # type: ignore[union-attr]
+        assert disk.stack is not None and disk.stack.frozen == () and disk.stack.top.empty
+        assert machine.run(guests.RUN_S).code == 0
+        machine.snapshot()
+        assert len(disk.stack.frozen) == 1
+
+
+def test_too_many_layers() -> None:
+    """A chain that grows by every snapshot is refused before it is slow; a layer of a large disk is a sound one."""
+    stack = Stack(3 << 40)
+    assert stack.top.empty and os.fstat(stack.top.fd).st_size == 4 << 16
+    for _ in range(MAX_LAYERS):
+        os.pwrite(stack.top.fd, b"\1", 3 << 16)
+        stack.freeze()
+    os.pwrite(stack.top.fd, b"\1", 3 << 16)
+    with pytest.raises(SnapshotError, match="32 snapshots deep"):
+        stack.freeze()

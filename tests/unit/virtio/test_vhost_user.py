@@ -411,6 +411,7 @@ class Saved(Remote):
     """One that takes part in snapshots."""
 
     shape = STATELESS
+    settle_s = 0.01
 
 
 def stops_at(base: int) -> Callable[[Peer, bytes], None]:
