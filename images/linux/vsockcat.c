@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <unistd.h>
 
 static void fail(const char *what) {
@@ -70,6 +71,8 @@ int main(int argc, char **argv) {
     if (fd < 0)
         fail("socket");
     if (!strcmp(argv[1], "connect")) {
+        const struct timeval patience = {.tv_sec = 30}; /* the default of 2 s is little on an emulated CPU */
+        setsockopt(fd, AF_VSOCK, SO_VM_SOCKETS_CONNECT_TIMEOUT, &patience, sizeof patience);
         address.svm_cid = VMADDR_CID_HOST;
         if (connect(fd, (struct sockaddr *)&address, sizeof address))
             fail("connect");
