@@ -48,6 +48,7 @@ CONFIG_WRITABLE = 0  # flags: a write by the driver, not a migration
 MAX_CONFIG = 256
 
 TIMEOUT_S = 5.0  # for one answer; a healthy back end needs well under a millisecond
+FIRST_ANSWER = 4  # times as long for the first one: the process may just be starting, on a busy machine
 
 
 class BackendError(Exception):
@@ -61,6 +62,7 @@ class Connection:
         connected.setblocking(True)
         self.socket = connected
         self.timeout = timeout
+        self._answered = False
         self.reply_ack = False  # negotiated: the back end confirms each message that asks for it
 
     def fileno(self) -> int:
@@ -92,14 +94,20 @@ class Connection:
         except OSError as error:
             raise BackendError(f"{NAMES[request]} cannot be sent: {error.strerror}") from None
 
+    @property
+    def _patience(self) -> float:
+        return self.timeout if self._answered else self.timeout * FIRST_ANSWER
+
     def _reply(self, request: int, size: int) -> bytes:
-        name, deadline = NAMES[request], monotonic() + self.timeout
+        name, deadline = NAMES[request], monotonic() + self._patience
         number, flags, length = HEADER.unpack(self._receive(HEADER.size, name, deadline))
         if number != request or flags & VERSION_MASK != VERSION or not flags & REPLY:
             raise BackendError(f"it answered {name} with message {number}, flags {flags:#x}")
         if length != size:
             raise BackendError(f"its reply to {name} has {length} bytes instead of {size}")
-        return self._receive(size, name, deadline)
+        data = self._receive(size, name, deadline)
+        self._answered = True
+        return data
 
     def _receive(self, size: int, name: str, deadline: float) -> bytes:
         data = bytearray()
@@ -111,7 +119,7 @@ class Connection:
                 self.socket.settimeout(left)
                 piece = self.socket.recv(size - len(data))
             except TimeoutError:
-                raise BackendError(f"it did not answer {name} within {self.timeout:g} s") from None
+                raise BackendError(f"it did not answer {name} within {self._patience:g} s") from None
             except OSError as error:
                 raise BackendError(f"no answer to {name}: {error.strerror}") from None
             if not piece:

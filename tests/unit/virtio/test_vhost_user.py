@@ -201,8 +201,8 @@ def no_reply_flag(back: Peer, payload: bytes) -> None:
     [
         (wrong_number, "answered GET_FEATURES with message 17"),
         (huge, "has 4294967295 bytes instead of 8"),
-        (short, "did not answer GET_FEATURES within"),
-        (silent, "did not answer GET_FEATURES within"),
+        (short, "did not answer GET_FEATURES within 0.8 s"),
+        (silent, "did not answer GET_FEATURES within 0.8 s"),
         (hang_up, "closed the connection at GET_FEATURES"),
         (no_reply_flag, "answered GET_FEATURES with message 1, flags 0x1"),
     ],
