@@ -22,7 +22,7 @@ class Snapshots:
     def snapshot(self) -> Snapshot:
         """The machine as it is now: memory, vCPUs, interrupt controllers, clock, devices. It goes on as it was.
 
-        Writable disks take part when they have an overlay, and other virtio devices when they can be saved.
+        Writable disks take part when they have an overlay. What the devices are connected to on the host does not.
         Memory is not copied but shared copy-on-write from now on, so this is cheap with `memfd=True`; a machine with
         anonymous memory has what it ever wrote copied the first time. Callable from any state and any thread but a
         vCPU's. Raises SnapshotError for a device that cannot be saved.
@@ -69,8 +69,9 @@ class Snapshots:
         """A new machine that goes on from `snapshot`, by default from now; paused, with a life of its own.
 
         It shares memory copy-on-write. Built-in devices are made anew with the same state; `attach(machine)` has to
-        put the caller's own devices on it, at the same addresses. Its console starts empty. When it is closed, the next
-        fork of the same `snapshot` may use its KVM VM again (core.spare), which makes that several times faster.
+        put the caller's own devices on it, at the same addresses, and can plug in its networks (`Net.plug`): the fork is
+        connected to nothing on the host. Its console starts empty. When it is closed, the next fork of the same
+        `snapshot` may use its KVM VM again (core.spare), which makes that several times faster.
         """
         from pykvm.snapshot.apply import fork
 
