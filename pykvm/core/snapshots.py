@@ -69,7 +69,7 @@ class Snapshots:
         """A new machine that goes on from `snapshot`, by default from now; paused, with a life of its own.
 
         It shares memory copy-on-write. Built-in devices are made anew with the same state; `attach(machine)` has to
-        put the caller's own devices on it, at the same addresses, and can plug in its networks (`Net.plug`): the fork is
+        put the caller's own devices on it, at the same addresses, and can plug in its networks (`Net.plug`): it is
         connected to nothing on the host. Its console starts empty. When it is closed, the next fork of the same
         `snapshot` may use its KVM VM again (core.spare), which makes that several times faster.
         """

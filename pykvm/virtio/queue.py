@@ -198,6 +198,8 @@ class Virtqueue:
 
     def want_notification(self) -> bool:
         """Ask for a notification of the next chain; True if one came meanwhile, for which there will be none."""
+        if not self.enabled:
+            return False
         if self._event_idx:
             self._used_idx[2 + 4 * self.size] = self.next_avail  # avail_event (2.7.10)
         lib.pk_fence()

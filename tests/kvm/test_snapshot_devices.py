@@ -130,6 +130,27 @@ def test_other_ends(tmp_path: Path) -> None:
         assert done.returncode == 2 and why in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_every_small_device(tmp_path: Path) -> None:
+    """A machine with all of them is saved, and goes on with its sockets where they were."""
+    vsock, hvc = tmp_path / "vsock", tmp_path / "hvc"
+    words = ["--rng", "--balloon", "--vsock", f"3:{vsock}", "--console", f"unix:{hvc}", "--console", "none,port=agent"]
+    place = "base=0xd0003000 gsi=19"
+    process = spawn("--save", tmp_path / "vm", *words, "--mem", "16M", "--append", place, GUEST)
+    wait_for(lambda: is_served(hvc))
+    assert talk(hvc, b"hello") == b"HELLO"
+    process.send_signal(signal.SIGUSR2)
+    _, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["vm"]
+    process = spawn_restore(tmp_path / "vm")
+    wait_for(lambda: is_served(hvc))
+    assert talk(hvc, b"again") == b"AGAIN" and is_served(vsock)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=SECONDS)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["vm"]
+
+
 def spawn_restore(*arguments: str | Path) -> subprocess.Popen[bytes]:
     """Start `pykvm restore ARGUMENT...`."""
     pipe = subprocess.PIPE

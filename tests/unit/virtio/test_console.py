@@ -362,3 +362,17 @@ def test_impossible_consoles() -> None:
         Console([ConsolePort("a"), ConsolePort("a")])
     with pytest.raises(ConfigError, match="more than"):
         Console([ConsolePort(str(n)) for n in range(17)])
+
+
+def test_ports_that_the_driver_leaves_alone(drive: Drive) -> None:
+    """A driver may set up some of the queues only: what the host does with the rest finds nothing to do."""
+    console = Console([ConsolePort(console=True), ConsolePort("agent")])
+    driver = drive(console)
+    driver.negotiate()
+    driver.setup_queue(TX)
+    driver.write(lib.VIRTIO_MMIO_STATUS, driver.transport.status | lib.VIRTIO_CONFIG_S_DRIVER_OK)
+    console.flush()
+    console.ports[0].resize(80, 25)
+    console.ports[1].set_open(True)
+    assert console.ports[1].receive(b"hello") == 0 and console.ports[1].drained
+    assert not driver.needs_reset
