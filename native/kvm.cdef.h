@@ -51,7 +51,8 @@ struct kvm_vcpu_events {
 struct kvm_sync_regs { struct kvm_regs regs; struct kvm_sregs sregs; struct kvm_vcpu_events events; };
 
 /* -- interrupt controllers, timers, routing -------------------------------------------------------------------- */
-struct kvm_irqchip { __u32 chip_id; ...; };
+struct kvm_irqchip { __u32 chip_id, pad; ...; };
+struct kvm_ioapic_state { __u64 base_address; __u32 ioregsel, id, irr; ...; };
 struct kvm_pit_config { __u32 flags; ...; };
 struct kvm_pit_channel_state { __u32 count; __u16 latched_count; __u8 count_latched, status_latched, status, read_state, write_state, write_latch, rw_mode, mode, bcd, gate; __s64 count_load_time; };
 struct kvm_pit_state2 { struct kvm_pit_channel_state channels[3]; __u32 flags; ...; };

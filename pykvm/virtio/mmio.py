@@ -15,6 +15,7 @@ import threading
 from pykvm import log
 from pykvm._native import ffi, lib
 from pykvm.core.device import Device
+from pykvm.errors import KvmError
 from pykvm.virtio.fault import DriverFault
 from pykvm.virtio.queue import EVENT_IDX, INDIRECT_DESC, Virtqueue
 
@@ -83,6 +84,7 @@ class VirtioMmio(Device):
         self.kicks = [_eventfd() for _ in self.queues]
         self.call = _eventfd()
         self._wired = False
+        self._vm: VmFd | None = None
         self.faults = 0
         self._word: CData = ffi.new("uint32_t *")  # InterruptStatus
         self._on_ready = {index: self._handler(queue) for index, queue in enumerate(self.queues)}
@@ -133,6 +135,7 @@ class VirtioMmio(Device):
             os.dup2(fresh, self.call, inheritable=False)  # the number is known to C
             os.close(fresh)
         self._wired = True
+        self._vm = vm
         vm.irqfd(self.call, self.gsi)
         for index, kick in enumerate(self.kicks):
             vm.ioeventfd(kick, self.base + lib.VIRTIO_MMIO_QUEUE_NOTIFY, 4, match=index)
@@ -226,10 +229,19 @@ class VirtioMmio(Device):
 
         A driver finds nothing new after an interrupt too many; without one that it waits for it waits for ever.
         """
+        self._lower()
         for queue in self.queues:
             if queue.enabled and not self.device.external:
                 self.notify(queue.index)
         self._raise(RING_BIT)
+
+    def _lower(self) -> None:
+        """Let the next edge be one: a kernel worker makes it, and the state may have been saved in the middle of it."""
+        if self._vm is not None:
+            try:
+                self._vm.irq_line(self.gsi, False)
+            except KvmError:
+                pass  # ENXIO: the IOAPIC is in user space, an interrupt a message
 
     def close(self) -> None:
         """Release everything; the machine's I/O thread has ended."""

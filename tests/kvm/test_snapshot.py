@@ -13,9 +13,12 @@ import pytest
 from cguest import build
 
 from pykvm import Device, Machine, MachineStateError, Outcome, Pc, SnapshotError
+from pykvm._native import ffi, lib
 from pykvm.core import reaper
 from pykvm.core.state import U8, Shape
 from pykvm.virtio.blk import Disk
+from pykvm.virtio.mmio import VirtioMmio
+from pykvm.virtio.rng import Rng
 
 SOURCE = r"""
 static volatile u64 counter; static volatile u8 pages[64 * 4096];
@@ -224,6 +227,21 @@ def test_forks_with_requests_in_flight(image: Path) -> None:
         for machine in (*copies, vm):
             assert machine.run(60) == Outcome("DEBUG_EXIT", 0), machine.console.text
             machine.close()
+
+
+def test_an_edge_saved_in_the_middle(guest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device's line that was high for a moment is low in a fork: the IOAPIC would take the next edge for none."""
+    monkeypatch.setattr(VirtioMmio, "_raise", lambda self, bit: None)  # whose falling edge would hide it
+    irr = ffi.offsetof("struct kvm_irqchip", "pad") + 4 + ffi.offsetof("struct kvm_ioapic_state", "irr")
+    with Pc(guest, memory="32M", memfd=True, devices=[Rng()]) as vm:
+        vm.console.expect("ready")
+        vm.virtio[0].status = lib.VIRTIO_CONFIG_S_DRIVER_OK
+        snapshot = vm.snapshot()
+        chip = bytearray(snapshot.vm.state["ioapic"])
+        chip[irr + vm.virtio[0].gsi // 8] |= 1 << vm.virtio[0].gsi % 8
+        snapshot.vm.state["ioapic"] = bytes(chip)
+        with vm.fork(snapshot) as child:
+            assert not any(child.vm.get_irqchip(lib.KVM_IRQCHIP_IOAPIC)[irr : irr + 4])
 
 
 def test_a_disk_that_would_not_be_kept(guest: str, image: Path) -> None:
