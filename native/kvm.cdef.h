@@ -400,4 +400,5 @@ void pk_unguard(int number);
 int pk_map_private(void *address, size_t length, int fd, uint64_t offset);
 int64_t pk_private_ranges(int pagemap, uint64_t start, uint64_t end, struct pk_range *out, size_t room);
 int pk_drop(const struct pk_range *ranges, size_t count);
+int64_t pk_advise(const struct pk_range *ranges, size_t count, int advice);
 int pk_calls(int fd, const struct pk_call *calls, int count);

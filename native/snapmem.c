@@ -95,6 +95,18 @@ int pk_drop(const struct pk_range *ranges, size_t count) {
     return 0;
 }
 
+int64_t pk_advise(const struct pk_range *ranges, size_t count, int advice) {
+    int64_t done = 0;
+    for (size_t i = 0; i < count; i++) {
+        size_t length = ranges[i].end - ranges[i].start;
+        if (!madvise((void *)(uintptr_t)ranges[i].start, length, advice))
+            done += (int64_t)length;
+        else if (errno != EINVAL)
+            return -errno;
+    }
+    return done;
+}
+
 int pk_calls(int fd, const struct pk_call *calls, int count) {
     for (int i = 0; i < count; i++)
         if (ioctl(fd, calls[i].request, calls[i].argument) < 0)

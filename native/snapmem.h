@@ -28,6 +28,8 @@ int pk_map_private(void *address, size_t length, int fd, uint64_t offset);
 int64_t pk_private_ranges(int pagemap, uint64_t start, uint64_t end, struct pk_range *out, size_t room);
 /* Gives the pages of these ranges back, so that what is mapped shows again: 0 or -errno. */
 int pk_drop(const struct pk_range *ranges, size_t count);
+/* Calls madvise() for each range; EINVAL is no error. For how many bytes it was done, or -errno. */
+int64_t pk_advise(const struct pk_range *ranges, size_t count, int advice);
 /* Issues the ioctls in order up to the first that fails: how many succeeded; then | errno << 16. */
 int pk_calls(int fd, const struct pk_call *calls, int count);
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import mmap
 import os
-from errno import EINVAL
 
 from pykvm._native import ffi, lib
 from pykvm.errors import ConfigError, GuestAddressError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from pykvm._native import CData
     from pykvm.core.filememory import FileGuard
@@ -286,29 +285,31 @@ class GuestMemory:
                 step = min(len(block), at + part - start)
                 slot.view[start : start + step] = block[:step]
 
-    def discard(self, gpa: int, length: int, *, zeroed: bool = True) -> bool:
-        """Give the host pages of [gpa, gpa + length), which reads as zeros afterwards, back to the host.
+    def discard(self, ranges: Iterable[tuple[int, int]], *, zeroed: bool = True) -> int:
+        """Give the host pages of these (GPA, length), which read as zeros afterwards, back to the host.
 
-        Both are page-aligned. False, with nothing changed there, where a slot's memory cannot be given back in such
-        pieces (huge pages of hugetlbfs, a file of the host), or would show a snapshot's content again (copy-on-write of
-        a frozen image); with `zeroed=False` it may.
+        All are page-aligned. The bytes that were given back: not those of slots whose memory cannot be given back in
+        such pieces (huge pages of hugetlbfs, a file of the host), or would show a snapshot's content again
+        (copy-on-write of a frozen image); with `zeroed=False` it may.
         """
-        if (gpa | length) % PAGE_SIZE:
-            raise GuestAddressError(gpa, length, "is not page-aligned")
-        pieces = list(self._pieces(gpa, length))
-        if any(slot.readonly for slot, _, _ in pieces):
-            raise GuestAddressError(gpa, length, "is read-only")
-        if any(slot.file_fd >= 0 or (zeroed and slot.image is not None) for slot, _, _ in pieces):
-            return False
-        try:
-            for slot, at, part in pieces:
-                # shared memory keeps its pages in the file until they are removed from there
-                slot.map.madvise(mmap.MADV_REMOVE if slot.fd >= 0 else mmap.MADV_DONTNEED, at, part)
-        except OSError as error:
-            if error.errno != EINVAL:
-                raise
-            return False
-        return True
+        removed: list[tuple[int, int]] = []
+        dropped: list[tuple[int, int]] = []
+        for gpa, length in ranges:
+            if (gpa | length) % PAGE_SIZE:
+                raise GuestAddressError(gpa, length, "is not page-aligned")
+            for slot, at, part in self._pieces(gpa, length):
+                if slot.readonly:
+                    raise GuestAddressError(gpa, length, "is read-only")
+                if slot.file_fd < 0 and not (zeroed and slot.image is not None):
+                    # shared memory keeps its pages in the file until they are removed from there
+                    (removed if slot.fd >= 0 else dropped).append((slot.hva + at, slot.hva + at + part))
+        done = 0
+        for spans, advice in ((removed, mmap.MADV_REMOVE), (dropped, mmap.MADV_DONTNEED)):
+            result = lib.pk_advise(ffi.new("struct pk_range[]", spans), len(spans), advice)
+            if result < 0:
+                raise OSError(-result, os.strerror(-result))
+            done += result
+        return done
 
     def gpa_of(self, view: memoryview) -> int:
         """The GPA of the first byte of a view of guest memory."""

@@ -19,7 +19,7 @@ from pykvm.virtio.fault import DriverFault
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from pykvm._native import CData
     from pykvm.core.state import State
@@ -62,6 +62,7 @@ class Balloon(VirtioDevice):
     name = "virtio-balloon"
     device_id = lib.VIRTIO_ID_BALLOON
     queue_sizes = (QUEUE_SIZE,) * 5
+    own_thread = True  # each page that is given back stops all vCPUs for a moment
 
     def __init__(self, target: int = 0, *, deflate_on_oom: bool = True, reporting: bool = True) -> None:
         self.features = STATS_VQ | POISON | (DEFLATE_ON_OOM if deflate_on_oom else 0) | (REPORT if reporting else 0)
@@ -187,19 +188,18 @@ class Balloon(VirtioDevice):
         """Pages for the balloon or out of it, statistics, or free pages."""
         role = self._roles[queue.index]
         if role == INFLATE:
-            for gpa, length in _runs(chain):
-                self._release(gpa, length, zeroed=False)  # nobody may expect anything of what is in there
+            self._release(list(_runs(chain)), zeroed=False)  # nobody may expect anything of what is in there
         elif role == STATS:
             return self._take_stats(chain)
         elif role == REPORTING:
             self._take_reported(chain)
         return 0  # pages out of the balloon need nothing: they are faulted in when they are touched
 
-    def _release(self, gpa: int, length: int, *, zeroed: bool = True) -> None:
+    def _release(self, ranges: Sequence[tuple[int, int]], *, zeroed: bool = True) -> None:
         try:
-            if self.memory.discard(gpa, length, zeroed=zeroed):
-                self.released += length
-            elif not self._refused:
+            given_back = self.memory.discard(ranges, zeroed=zeroed)
+            self.released += given_back
+            if given_back < sum(length for _, length in ranges) and not self._refused:
                 self._refused = True
                 say = log.debug if any(slot.image is not None for slot in self.memory.slots) else log.warning
                 say("this memory cannot be given back (hugetlbfs, or of a snapshot)", device=self.name)
@@ -210,11 +210,13 @@ class Balloon(VirtioDevice):
         """Free blocks (5.5.6.7): the guest expects its poison value or zeros in there, or what was there before."""
         if self._poison and self._config.poison_val:
             return
+        ranges = []
         for view in chain.writable:
             gpa = self.memory.gpa_of(view)
             start, end = -(-gpa // PAGE_SIZE) * PAGE_SIZE, (gpa + len(view)) // PAGE_SIZE * PAGE_SIZE
             if start < end:
-                self._release(start, end - start)
+                ranges.append((start, end - start))
+        self._release(ranges)
 
     def _take_stats(self, chain: Chain) -> int | None:
         raw = chain.read(MAX_STATS * STAT_SIZE)

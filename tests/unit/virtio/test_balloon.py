@@ -194,6 +194,16 @@ def test_pages_that_are_no_ram(drive: Drive, request_: bytes) -> None:
     assert driver.needs_reset
 
 
+def test_a_list_with_a_wrong_page_changes_nothing(drive: Drive) -> None:
+    """The pages before it are kept as well."""
+    driver = drive(Balloon())
+    driver.memory.write(0xC4000, b"kept")
+    queues = driver.start()
+    queues[INFLATE].add([pages(0xC4, RAM >> 12)])
+    queues[INFLATE].kick()
+    assert driver.needs_reset and driver.memory.read(0xC4000, 4) == b"kept"
+
+
 def test_read_only_memory_is_not_taken() -> None:
     """Firmware's memory does not become zeros because a guest says so."""
     memory = GuestMemory()

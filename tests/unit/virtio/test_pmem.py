@@ -190,7 +190,7 @@ def test_other_failures_have_words_too(make: Make, image: Path) -> None:
 def test_it_is_not_given_back(make: Make) -> None:
     """A balloon cannot punch holes into the file."""
     driver, _ = make()
-    assert not driver.memory.discard(GPA, 4096)
+    assert not driver.memory.discard([(GPA, 4096)])
     assert driver.memory.read(GPA, 4) == b"kept"
 
 
