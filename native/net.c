@@ -11,6 +11,7 @@
 
 /* One turn, so that other devices and timers get theirs; and how many go before the driver hears of them. */
 enum { TURN_FRAMES = 128, TURN_BYTES = 2 << 20, INTERRUPT_EVERY = 16, SLICE_NS = 4000 };
+enum { VAIN_LOOKS = 4, LOOK_EVERY = 16 };
 enum { MIN_FRAME = 14, MAX_FRAME = PK_NET_LARGEST - PK_NET_HEADER, MAX_HELD = 256 };
 
 _Static_assert(sizeof(struct virtio_net_hdr_v1) == PK_NET_HEADER, "PK_NET_HEADER");
@@ -100,10 +101,14 @@ static int send_one(struct pk_net *net, struct pk_chain *chain) {
     return 0;
 }
 
-/* What is for Python stays: the interface's set is still readable. */
+/* What is for Python stays: the interface's set is still readable. It is as well for what is not looked for,
+ * because looking was in vain the last times: each costs a system call. */
 static void look_for_answers(struct pk_net *net) {
-    if (net->watched & EPOLLIN)
-        pk_net_receive(net);
+    if (!(net->watched & EPOLLIN) || (net->vain_looks >= VAIN_LOOKS && ++net->vain_looks % LOOK_EVERY))
+        return;
+    if (net->vain_looks < VAIN_LOOKS)
+        net->vain_looks++;
+    pk_net_receive(net);
 }
 
 /* pk_queue_poll, without leaving the other direction to itself for so long. */
@@ -361,8 +366,11 @@ int pk_net_receive(struct pk_net *net) {
     held.room = 0;
     if (net->rx_held || pk_net_watch(net, net->watched | EPOLLIN) < 0)
         return PK_NET_PYTHON;
+    uint64_t before = net->rx_frames;
     int verdict = receive_frames(net, &held);
     give_back(net, &held);
+    if (net->rx_frames != before)
+        net->vain_looks = 0;
     interrupt(net, net->rx);
     return verdict;
 }

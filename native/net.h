@@ -39,6 +39,7 @@ struct pk_net {
     uint64_t features; /* negotiated */
     struct pk_virtqueue *rx, *tx;
     struct pk_poll poll; /* of `tx` */
+    uint32_t vain_looks; /* for frames of the host after sending, that found none; since one came */
     struct pk_interrupt interrupt;
     uint64_t rx_frames, rx_bytes, rx_dropped, tx_frames, tx_bytes, tx_dropped;
     uint32_t expected; /* bytes of the last frame received, header included: the next one is like it */

@@ -114,6 +114,17 @@ def test_offloads_follow_the_negotiation(drive: Drive) -> None:
     assert ("offloads", VERSION_1 | net_bits("GUEST_CSUM")) in bench.tap.settings
 
 
+def test_a_frame_comes_in_after_many_that_had_no_answer(drive: Drive) -> None:
+    """The device stops looking for an answer after each frame that it sent, but not listening."""
+    bench = Bench(drive)
+    place = bench.offer(2048)
+    for number in range(40):
+        assert bench.send(PLAIN + frame(60, number)) == [PLAIN + frame(60, number)]
+    bench.arrive(PLAIN + frame(100))
+    assert bench.rx.used() == [(0, 112)]
+    assert bench.driver.memory.read(place + 12, 100) == frame(100)
+
+
 def test_link(bench: Bench) -> None:
     """set_link shows in the status with an interrupt, and no frame passes while the cable is out."""
     bench.offer(2048)
