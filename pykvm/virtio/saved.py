@@ -79,7 +79,7 @@ def restore(transport: VirtioMmio, state: State) -> None:
             transport.guarded(_restore_queue, queue, row, state["driver_features"])
         device.restore({name: state[f"device_{name}"] for name in device.shape.fields} if device.shape else {})
         if transport.live:
-            device.activate(state["driver_features"])
+            transport.guarded(device.activate, state["driver_features"])
             transport.look_again()
 
 

@@ -7,7 +7,7 @@ import struct
 from typing import TYPE_CHECKING
 
 import pytest
-from driver import RAM, Driver
+from driver import RAM, WRITE, Driver
 from test_console import CONTROL_RX, CONTROL_TX, TX, Ear, Outlet, multiport, say
 from test_saved import moved
 from test_vsock import CID, RST, RW, Guest, connected
@@ -194,6 +194,18 @@ def test_connections_end_with_a_reset_event(tmp_path: Path) -> None:
     guest.driver.transport.restore(state)
     assert client.recv(10) == b"" and not guest.device.connections
     client.close()
+    guest.close()
+
+
+def test_a_ring_that_breaks_the_rules_at_the_reset_event(tmp_path: Path) -> None:
+    """A descriptor that leads nowhere stops the device, as ever; the restore itself goes on."""
+    guest = Guest(tmp_path / "vsock")
+    queue = guest.driver.queues[EVENT]
+    queue.descriptor(0, RAM + 4096, 4, WRITE)
+    queue.offer(0)
+    other = moved(guest.driver, guest.device.twin(), guest.driver.transport.save())
+    assert other.needs_reset
+    other.close()
     guest.close()
 
 
