@@ -271,6 +271,7 @@ class Pc(Machine):
             device.place(self.memory, gpa)
 
     def _attach_virtio(self, device: VirtioDevice) -> None:
+        from pykvm.core.wires import Wires
         from pykvm.virtio.mmio import VirtioMmio
 
         index = len(self.virtio)
@@ -279,7 +280,10 @@ class Pc(Machine):
         if index >= len(layout.VIRTIO_GSIS):
             raise ConfigError("devices", f"{device.name} is one more than the {index} virtio devices that fit")
         base = layout.VIRTIO_MMIO_BASE + index * layout.VIRTIO_MMIO_SIZE
-        transport = VirtioMmio(device, self.memory, self.io, base=base, gsi=layout.VIRTIO_GSIS[index])
+        gsi = layout.VIRTIO_GSIS[index]
+        if base not in self.wires:  # else a spare has them
+            self.wires[base] = Wires(len(device.queue_sizes))
+        transport = VirtioMmio(device, self.memory, self.io, base=base, gsi=gsi, wires=self.wires[base])
         self.virtio.append(transport)
         self.attach(transport, mmio=range(base, base + layout.VIRTIO_MMIO_SIZE))
         if self.config.c_actions:

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from pykvm.core.memimage import SlotImage
     from pykvm.core.memory import Slot
     from pykvm.core.spare import Spare
+    from pykvm.core.wires import Wires
     from pykvm.kvm.vm import VmFd
     from pykvm.testing.talk import Talk
 
@@ -92,6 +93,7 @@ class Machine(Debugging, Driving, Snapshots):
         self.io = IoThread("pykvm-io", self._failed)
         config = self.config
         self.memory = GuestMemory(memfd=config.memfd, hugepages=config.hugepages, shared=config.shared)
+        self.wires: dict[int, Wires] = {}  # by the address of the transport that they are a virtio device's
         self.vcpus = [Vcpu(index, self) for index in range(self.config.cpus)]
         self.on_connect: list[Callable[[VmFd], object]] = []  # for each new KVM VM: at once, and after each reset
         self.on_reset: list[Callable[[], object]] = []
@@ -115,6 +117,7 @@ class Machine(Debugging, Driving, Snapshots):
         try:
             if spare is not None:
                 self.memory.adopt(spare.slots)
+                self.wires, spare.wires = spare.wires, {}
             elif image:
                 for each in image:
                     self.memory.add_image(each)
@@ -413,6 +416,8 @@ class Machine(Debugging, Driving, Snapshots):
             if close is not None:
                 close()
         if self.heir is None or self._vm is None or not ours or not self.heir(self):
+            for wires in self.wires.values():
+                wires.close()
             self._disconnect()
         self.actions.close()
         self.memory.close()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pykvm.core.machine import Machine
     from pykvm.core.memimage import SlotImage
     from pykvm.core.memory import Slot
+    from pykvm.core.wires import Wires
     from pykvm.kvm.system import Kvm
 
 MAX_SPARES = 8  # of a snapshot: as many machines as a program may have side by side, again and again
@@ -47,12 +48,13 @@ class Spare:
         self.config: MachineConfig = machine.config
         self.kvm: Kvm = machine.kvm
         self.slots: list[Slot] = []
+        self.wires: dict[int, Wires] = {}
         self.vm = -1
         self.vcpus: list[tuple[int, CData]] = []  # file descriptor, CPUID
 
-    def fits(self, config: MachineConfig) -> bool:
-        """Whether a machine of this configuration can have it: one of this process, made of the same object."""
-        return self.config is config and not self.kvm.foreign
+    def fits(self, machine: Machine) -> bool:
+        """Whether a fork of `machine` can have it: one of this process, with the same configuration and transports."""
+        return self.config is machine.config and not self.kvm.foreign and _shape(self.wires) == _shape(machine.wires)
 
     def connect(self, machine: Machine) -> VmFd:
         """Give VM and vCPUs to a new machine, which has the memory already."""
@@ -65,6 +67,8 @@ class Spare:
         return vm
 
     def __del__(self) -> None:
+        for wires in self.wires.values():
+            wires.close()
         if self.vm >= 0 and not self.kvm.foreign:
             reaper.close_later([fd for fd in (*(fd for fd, _ in self.vcpus), self.vm, self.kvm.fd) if fd >= 0])
 
@@ -86,10 +90,17 @@ def park(machine: Machine, images: Sequence[SlotImage]) -> Spare | None:
     except (KvmError, SnapshotError):
         return None
     spare = Spare(machine)
+    spare.wires, machine.wires = machine.wires, {}
+    for wires in spare.wires.values():
+        wires.keep()
     spare.slots = machine.memory.give()
     spare.vcpus = [(vcpu.disconnect()[0], cpuid) for vcpu, cpuid in [(vcpu, vcpu.cpuid) for vcpu in machine.vcpus]]
     spare.vm = machine.give_vm()
     return spare
+
+
+def _shape(wires: dict[int, Wires]) -> dict[int, int]:
+    return {base: len(each.kicks) for base, each in wires.items()}
 
 
 def _restorable(machine: Machine) -> bool:

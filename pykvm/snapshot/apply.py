@@ -31,7 +31,7 @@ def fork(machine: M, snapshot: Snapshot | None, attach: Callable[[M], object] | 
     """`Machine.fork`."""
     if snapshot is None:
         snapshot = take(machine)
-    spare = snapshot.take_spare(machine.config)
+    spare = snapshot.take_spare(machine)
     child: M = machine.similar(snapshot.memory, spare)  # type: ignore[assignment]
     try:
         _copy_hooks(machine, child)

@@ -8,7 +8,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pykvm.config import MachineConfig
     from pykvm.core.machine import Machine
     from pykvm.core.memimage import SlotImage
     from pykvm.core.spare import Spare
@@ -61,10 +60,10 @@ class Snapshot:
 
     # -- what closed forks leave to the next one: core.spare --------------------------------------------------------
 
-    def take_spare(self, config: MachineConfig) -> Spare | None:
-        """What a fork of this configuration can use, if there is any."""
+    def take_spare(self, machine: Machine) -> Spare | None:
+        """What a fork of this machine can use, if there is any."""
         for spare in list(self._spares):
-            if spare.fits(config):
+            if spare.fits(machine):
                 try:
                     self._spares.remove(spare)
                 except ValueError:  # another thread was faster

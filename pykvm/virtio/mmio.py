@@ -15,6 +15,7 @@ import threading
 from pykvm import log
 from pykvm._native import ffi, lib
 from pykvm.core.device import Device
+from pykvm.core.wires import Wires
 from pykvm.errors import KvmError
 from pykvm.virtio.fault import DriverFault
 from pykvm.virtio.queue import EVENT_IDX, INDIRECT_DESC, Virtqueue
@@ -63,10 +64,19 @@ class VirtioMmio(Device):
     """One virtio device in its window of MMIO registers.
 
     `lock` guards device and queues; `kicks[i]` is the eventfd that a notification of queue i writes, `call` the one
-    that raises the interrupt, for back ends in other processes.
+    that raises the interrupt, for back ends in other processes; `wires` has both: who gave them closes them.
     """
 
-    def __init__(self, device: VirtioDevice, memory: GuestMemory, io: IoThread, *, base: int, gsi: int) -> None:
+    def __init__(
+        self,
+        device: VirtioDevice,
+        memory: GuestMemory,
+        io: IoThread,
+        *,
+        base: int,
+        gsi: int,
+        wires: Wires | None = None,
+    ) -> None:
         self.device = device
         self.name = device.name
         self.kind = f"virtio {type(device).__name__}"  # in snapshots
@@ -81,9 +91,9 @@ class VirtioMmio(Device):
 
             self.lock, make_queue = NativeLock(), NativeQueue
         self.queues = [make_queue(index, size, memory) for index, size in enumerate(device.queue_sizes)]
-        self.kicks = [_eventfd() for _ in self.queues]
-        self.call = _eventfd()
-        self._wired = False
+        self._own_wires = wires is None
+        self.wires = wires or Wires(len(self.queues))
+        self.kicks, self.call = self.wires.kicks, self.wires.call
         self._vm: VmFd | None = None
         self.faults = 0
         self._word: CData = ffi.new("uint32_t *")  # InterruptStatus
@@ -130,15 +140,11 @@ class VirtioMmio(Device):
 
     def connect(self, vm: VmFd) -> None:
         """Wire the eventfds to a VM (a new one after a machine reset)."""
-        if self._wired:  # the old VM may not be closed yet (core.reaper), and an eventfd interrupts one VM only
-            fresh = _eventfd()
-            os.dup2(fresh, self.call, inheritable=False)  # the number is known to C
-            os.close(fresh)
-        self._wired = True
         self._vm = vm
-        vm.irqfd(self.call, self.gsi)
-        for index, kick in enumerate(self.kicks):
-            vm.ioeventfd(kick, self.base + lib.VIRTIO_MMIO_QUEUE_NOTIFY, 4, match=index)
+        issued = set(vm.issued)
+        self.wires.connect(vm, self.gsi, self.base + lib.VIRTIO_MMIO_QUEUE_NOTIFY)
+        if not self.device.external and not self.device.outside:
+            vm.issued = issued  # nobody else has the wires: the next machine may have them (core.spare)
 
     def answer_in_c(self, actions: ActionTable) -> None:
         """Let C answer the registers of the interrupt handler."""
@@ -255,9 +261,9 @@ class VirtioMmio(Device):
         self._close_eventfds()
 
     def _close_eventfds(self) -> None:
-        for fd in (*self.kicks, self.call):
-            os.close(fd)
-        self.kicks.clear()
+        self.kicks = []
+        if self._own_wires:
+            self.wires.close()
 
     # -- notifications and interrupts ---------------------------------------------------------------------------
 
@@ -428,7 +434,3 @@ class VirtioMmio(Device):
 
     def _features_agreed(self) -> bool:
         return not self.driver_features & ~self.offered and bool(self.driver_features & VERSION_1)
-
-
-def _eventfd() -> int:
-    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

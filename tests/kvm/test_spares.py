@@ -16,6 +16,7 @@ from pykvm.core import reaper
 from pykvm.core.spare import MAX_SPARES
 from pykvm.snapshot.state import Snapshot
 from pykvm.virtio.blk import Disk
+from pykvm.virtio.rng import Rng
 
 # It counts the characters that it gets; `x` ends it by a triple fault.
 SOURCE = r"""
@@ -119,17 +120,53 @@ def test_what_a_restore_would_not_undo(vm: Pc, tmp_path: Path) -> None:
     assert len(left(snapshot)) == 1
 
 
-def test_a_virtio_device_takes_its_wires_along(guest: str, tmp_path: Path) -> None:
-    """A VM with irqfds and ioeventfds is closed."""
+@pytest.mark.usefixtures("images")
+def test_virtio_devices_keep_their_wires(tmp_path: Path) -> None:
+    """Notifications and interrupts of a VM that is used again reach the devices of the machine that has it now."""
     image = tmp_path / "disk.img"
-    image.write_bytes(bytes(1 << 20))
-    with Pc(guest, memory="32M", memfd=True, devices=[Disk(image, overlay=True)]) as machine:
-        machine.console.expect("ready")
-        snapshot = machine.snapshot()
-        for _ in range(2):
-            with machine.fork(snapshot) as child:
+    image.write_bytes(bytes(16 << 20))
+    with guests.pc(
+        "blk.elf", "mode=check count=40 irq=1", devices=[Disk(image, overlay=True), Rng()], memfd=True
+    ) as vm:
+        assert vm.run(0.01).kind == "TIMEOUT"
+        snapshot, used = vm.snapshot(), set()
+        for lap in range(4):
+            with vm.fork(snapshot) as child:
+                used.add(child.vm.fd)
+                if lap == 1:  # one that leaves requests, and signals on the way
+                    child.run(0.01)
+                    child.virtio[1].notify(0)
+                    continue
+                assert child.run(60) == Outcome("DEBUG_EXIT", 0), child.console.text
+        assert left(snapshot) == [*used]
+        assert len(used) == 1
+
+
+def test_a_reset_machine_has_another_vm(guest: str, tmp_path: Path) -> None:
+    """A fork that was reset leaves the VM that it has got then, with the wires that go there."""
+    (tmp_path / "disk.img").write_bytes(bytes(1 << 20))
+    with Pc(guest, memory="32M", memfd=True, devices=[Disk(tmp_path / "disk.img", overlay=True)]) as vm:
+        vm.console.expect("ready")
+        snapshot = vm.snapshot()
+        for _ in range(3):
+            with vm.fork(snapshot) as child:
                 assert say(child) == "1"
-            assert left(snapshot) == []
+                child.reset()
+                child.console.expect("ready")
+                number = child.vm.fd
+            assert left(snapshot) == [number]
+
+
+def test_wires_that_others_have(guest: str) -> None:
+    """The VM of a device whose queues a back end serves is closed: that may still have the eventfds."""
+    with Pc(guest, memory="32M", memfd=True, devices=[Rng()]) as vm:
+        vm.console.expect("ready")
+        snapshot = vm.snapshot()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Rng, "outside", (0,))
+            with vm.fork(snapshot):
+                pass
+        assert left(snapshot) == []
 
 
 def test_memory_that_somebody_looks_at(vm: Pc) -> None:

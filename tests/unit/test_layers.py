@@ -31,6 +31,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "pykvm.core.registers",
         "pykvm.core.state",
         "pykvm.core.memimage",
+        "pykvm.core.wires",
         "pykvm.core.memshared",
     ),
     "the bus": ("pykvm.core.bus",),
