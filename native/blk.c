@@ -53,7 +53,8 @@ static int read_cached(struct pk_blk *disk, const struct pk_blk_move *move) {
 
 /*
  * Whether it is for the ring. Not so a write that ends in the page cache: file systems take one after the
- * other anyway.
+ * other anyway. A flush is about the writes that had ended when it came (virtio 1.2, 5.2.6.2): it waits for
+ * none that are in the ring.
  */
 static int waits(const struct pk_blk *disk, uint32_t type) {
     if (disk->parallel != PK_BLK_MISSES)
