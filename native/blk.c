@@ -8,11 +8,14 @@
 #include <linux/virtio_mmio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { SECTOR_SHIFT = 9, SECTOR = 1 << SECTOR_SHIFT };
 /* One turn, so that other devices and timers get theirs; and how much goes before the driver hears of it. */
 enum { TURN_REQUESTS = 64, TURN_BYTES = 4 << 20, INTERRUPT_EVERY = 8 };
+/* After how many requests the clock is looked at, and for how many it counts. */
+enum { CLOCK_EVERY = 8, SLOW_FOR = 256, NS_PER_S = 1000000000 };
 /* What became of a request. */
 enum { DONE, BEGUN, FOR_PYTHON, NOTHING };
 
@@ -32,6 +35,12 @@ static int allowed(const struct pk_blk *disk, struct pk_blk_move *move, uint64_t
     return move->count <= IOV_MAX && aligned(move->iov, move->count, move->offset, disk->unit);
 }
 
+static uint64_t now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (uint64_t)time.tv_sec * NS_PER_S + (uint64_t)time.tv_nsec;
+}
+
 static ssize_t transfer(const struct pk_blk *disk, const struct pk_blk_move *move, int flags) {
     ssize_t done;
     do
@@ -42,11 +51,24 @@ static ssize_t transfer(const struct pk_blk *disk, const struct pk_blk_move *mov
     return done;
 }
 
+/* The same, and looks at the clock now and then. */
+static ssize_t timed_transfer(struct pk_blk *disk, const struct pk_blk_move *move, int flags) {
+    if (disk->served++ % CLOCK_EVERY)
+        return transfer(disk, move, flags);
+    uint64_t start = now();
+    ssize_t done = transfer(disk, move, flags);
+    int failed = errno;
+    if (now() - start > disk->slow_ns)
+        disk->slow = SLOW_FOR;
+    errno = failed;
+    return done;
+}
+
 /* Reads what the page cache has: 1 if that was all, 0 if not. */
 static int read_cached(struct pk_blk *disk, const struct pk_blk_move *move) {
     if (disk->no_nowait)
         return 0;
-    ssize_t done = transfer(disk, move, RWF_NOWAIT);
+    ssize_t done = timed_transfer(disk, move, RWF_NOWAIT);
     disk->no_nowait = done < 0 && errno == EOPNOTSUPP;
     return done == (ssize_t)move->bytes;
 }
@@ -69,18 +91,29 @@ static int flush(struct pk_blk *disk) {
     return FOR_PYTHON;
 }
 
+/* Whether the host is slow, and others would have to wait for this one. */
+static int go_aside(struct pk_blk_queue *queue) {
+    struct pk_blk *disk = queue->disk;
+    if (!disk->slow || disk->parallel == PK_BLK_SERIAL)
+        return 0;
+    if (--disk->slow == 0)
+        disk->served = 0; /* look at the clock again */
+    return disk->in_flight || pk_queue_more(queue->queue);
+}
+
 /* Moves the data, or begins to. */
 static int carry_out(struct pk_blk_queue *queue, const struct pk_chain *chain,
                      const struct pk_blk_move *move) {
     struct pk_blk *disk = queue->disk;
-    if (move->type == VIRTIO_BLK_T_IN && disk->parallel == PK_BLK_MISSES && read_cached(disk, move))
+    int aside = go_aside(queue);
+    if (!aside && move->type == VIRTIO_BLK_T_IN && disk->parallel == PK_BLK_MISSES && read_cached(disk, move))
         return DONE;
-    if (waits(disk, move->type) && pk_blk_begin(queue, chain, move) == 0)
+    if ((aside || waits(disk, move->type)) && pk_blk_begin(queue, chain, move) == 0)
         return BEGUN;
     if (move->type == VIRTIO_BLK_T_FLUSH)
         return flush(disk);
     int durable = move->type == VIRTIO_BLK_T_OUT && disk->write_through;
-    ssize_t done = transfer(disk, move, durable ? RWF_DSYNC : 0);
+    ssize_t done = timed_transfer(disk, move, durable ? RWF_DSYNC : 0);
     return done == (ssize_t)move->bytes ? DONE : FOR_PYTHON; /* a part: a cut file, a full file system */
 }
 

@@ -44,7 +44,12 @@ struct pk_blk {
     uint8_t parallel;            /* PK_BLK_*; falls to PK_BLK_SERIAL where there is no io_uring */
     uint8_t no_nowait;           /* the file system does not know RWF_NOWAIT */
     uint32_t in_flight, writing; /* requests in the ring; writes and flushes of them */
-    struct pk_uring ring;        /* from the first of them on: then its entries are not 0 */
+    /*
+     * A request that takes longer than slow_ns here shows a slow host - one that copies slowly, a file system
+     * that cannot say that it would wait: the next `slow` ones go to the ring where others are behind them.
+     */
+    uint32_t slow_ns, slow, served;
+    struct pk_uring ring; /* from the first of them on: then its entries are not 0 */
     struct pk_blk_io *failed;
 };
 

@@ -41,7 +41,7 @@ static void fill_in(struct io_uring_sqe *sqe, const struct pk_blk *disk, const s
         return;
     }
     int write = move->type == VIRTIO_BLK_T_OUT;
-    if (!write && disk->parallel == PK_BLK_MISSES)
+    if (disk->parallel == PK_BLK_MISSES)
         sqe->flags = IOSQE_ASYNC; /* each copied by a thread of its own, where this one would copy all */
     sqe->opcode = write ? IORING_OP_WRITEV : IORING_OP_READV;
     sqe->rw_flags = write && disk->write_through ? RWF_DSYNC : 0;

@@ -287,6 +287,7 @@ struct pk_blk {
     int ended;
     uint8_t parallel, no_nowait;
     uint32_t in_flight;
+    uint32_t slow_ns, slow;
     ...;
 };
 struct pk_blk_failed { struct pk_virtqueue *queue; uint16_t head; uint32_t type; int error; };

@@ -105,6 +105,8 @@ int pk_queue_pop(struct pk_virtqueue *queue, struct pk_chain *chain) {
     return PK_GOT;
 }
 
+int pk_queue_more(const struct pk_virtqueue *queue) { return queue->enabled && pending(queue) > 0; }
+
 void pk_queue_unpop(struct pk_virtqueue *queue) { queue->next_avail--; }
 
 void pk_queue_push(struct pk_virtqueue *queue, uint16_t head, uint32_t written) {

@@ -39,6 +39,8 @@ struct pk_chain {
 /* PK_EMPTY, PK_GOT, or PK_FAULT: a rule is broken, or the chain has more parts than an iov: nothing is taken.
  */
 int pk_queue_pop(struct pk_virtqueue *queue, struct pk_chain *chain);
+/* Whether there are more chains to pop. */
+int pk_queue_more(const struct pk_virtqueue *queue);
 /* Gives the chain popped last back to the available ring. */
 void pk_queue_unpop(struct pk_virtqueue *queue);
 /* Gives a chain back with `written` bytes in its writable buffers (2.7.8). */

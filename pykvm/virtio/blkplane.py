@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pykvm.virtio.mmio import VirtioMmio
     from pykvm.virtio.queue import Virtqueue
 
+SLOW_NS = 200_000  # how long a request may take before others are not left to wait for it
 POLL_NS = 50_000  # the longest time for which an empty queue is watched, where there is a CPU to spare
 NOT_DONE = (errno.EAGAIN, errno.ECANCELED, errno.EINTR)  # of a flush: as if it had not been asked for
 
@@ -41,6 +42,7 @@ class BlkPlane:
         state.readonly = file.readonly
         state.parallel = lib.PK_BLK_ALL if file.direct else lib.PK_BLK_MISSES
         state.unit = file.block_size if file.direct else 1
+        state.slow_ns = SLOW_NS
         interrupt_of(transport, state.interrupt)
         state.ended = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         lib.pk_blk_init(state)

@@ -187,6 +187,31 @@ def test_a_chain_changed_meanwhile_stops_the_device(slow: Slow) -> None:
     assert slow.driver.needs_reset
 
 
+def test_a_slow_host_serves_side_by_side(slow: Slow) -> None:
+    """Where a request took long, the next ones go on beside each other; a single one does not go that way."""
+    slow.plane.parallel, slow.plane.slow_ns = lib.PK_BLK_MISSES, 0
+    slow.ask(IN, 3, room=SECTOR)
+    assert slow.plane.slow
+    assert slow.disk.in_flight == 0
+    queue, places = slow.driver.queues[0], []
+    for sector in (4, 5):
+        places += queue.add([struct.pack("<IIQ", IN, 0, sector)], [SECTOR, 1])
+    file, slow.plane.fd = slow.plane.fd, slow.end
+    slow.driver.write(lib.VIRTIO_MMIO_QUEUE_NOTIFY, 0)
+    slow.driver.io.run()
+    assert slow.disk.in_flight == 2
+    slow.plane.fd = file
+    slow.pour(b"s" * 2 * SECTOR)
+    slow.wait()
+    assert len(queue.used()) == 3
+    assert [slow.driver.memory.read_u8(each) for each in places[1::2]] == [OK, OK]
+    while slow.plane.slow:  # and not for ever
+        slow.plane.slow_ns = 1 << 31
+        slow.ask(IN, 3, room=SECTOR)
+    slow.ask(IN, 3, room=SECTOR)
+    assert slow.plane.slow == 0
+
+
 def test_a_failed_flush_is_told_once(slow: Slow) -> None:
     """The kernel tells an error of a flush once: so does the disk, to the flush that got it."""
     failed = slow.ask_slowly(FLUSH)
