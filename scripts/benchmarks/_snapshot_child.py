@@ -1,7 +1,7 @@
 """A process of `scripts/bench snapshot`: _snapshot_child.py KIND ROUNDS [MEMORY]; prints its figures as JSON.
 
-KIND: fork (call to first guest instruction), reset (by dirty pages), tests (a fork for each of ROUNDS tests), rss (what
-ROUNDS forks cost), file (save and restore).
+KIND: fork (call to first guest instruction), reset (by dirty pages), tests (a fork for each of ROUNDS tests),
+disk-tests (the same with virtio devices), rss (what ROUNDS forks cost), file (save and restore).
 """
 
 from __future__ import annotations
@@ -15,6 +15,14 @@ from pathlib import Path
 from time import perf_counter
 
 from pykvm import BootConfig, Pc, restore_file
+from pykvm.virtio.blk import Disk
+from pykvm.virtio.rng import Rng
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pykvm.virtio.device import VirtioDevice
 
 READY = "ready"
 # real mode: mov $0x3f8, %dx; mov $c, %al; out %al, %dx for each character; 1: out %al, $0x80; jmp 1b
@@ -23,12 +31,12 @@ FIRST_TOUCHED = 16 << 20
 DIRTY = (10, 1000, 100_000)
 
 
-def booted(memory: str) -> Pc:
+def booted(memory: str, devices: Sequence[VirtioDevice] = ()) -> Pc:
     """A PC whose guest has said that it is ready, and now writes to a port for ever."""
     with tempfile.NamedTemporaryFile() as kernel:
         kernel.write(GUEST)
         kernel.flush()
-        vm = Pc(BootConfig(kernel.name, mode="real"), memory=memory, memfd=True)
+        vm = Pc(BootConfig(kernel.name, mode="real"), memory=memory, memfd=True, devices=devices)
     vm.console.expect(READY)
     return vm
 
@@ -60,13 +68,14 @@ def fork_times(vm: Pc, rounds: int, *, keep: bool) -> list[float]:
 
 
 def reset(rounds: int, memory: str) -> dict[str, float]:
-    """Microseconds of `restore` after so many pages were written."""
+    """Microseconds of `restore` after the guest has run and so many pages were written."""
     figures = {}
     with booted(memory) as vm:
         snapshot = vm.snapshot()
         for pages in DIRTY:
             times = []
             for _ in range(rounds if pages < DIRTY[-1] else max(3, rounds // 20)):
+                vm.vcpus[0].run_once()
                 for page in range(pages):
                     vm.memory.view(FIRST_TOUCHED + page * 4096, 1)[0] = 1
                 begin = perf_counter()
@@ -79,11 +88,24 @@ def reset(rounds: int, memory: str) -> dict[str, float]:
 def tests(rounds: int, memory: str) -> dict[str, float]:
     """Seconds for so many tests: fork, run until the guest has printed, close."""
     with booted(memory) as vm:
-        snapshot, begin = vm.snapshot(), perf_counter()
-        for _ in range(rounds):
-            with vm.fork(snapshot) as child:
-                child.vcpus[0].run_once()
-        return {"all": (perf_counter() - begin) * 1e6, "median": (perf_counter() - begin) / rounds * 1e6}
+        return _tests(vm, rounds)
+
+
+def disk_tests(rounds: int, memory: str) -> dict[str, float]:
+    """The same for a PC with a disk that has an overlay, and an entropy device."""
+    with tempfile.NamedTemporaryFile() as image:
+        image.truncate(64 << 20)
+        with booted(memory, [Disk(image.name, overlay=True), Rng()]) as vm:
+            return _tests(vm, rounds)
+
+
+def _tests(vm: Pc, rounds: int) -> dict[str, float]:
+    snapshot, begin = vm.snapshot(), perf_counter()
+    for _ in range(rounds):
+        with vm.fork(snapshot) as child:
+            child.vcpus[0].run_once()
+    took = (perf_counter() - begin) * 1e6
+    return {"all": took, "median": took / rounds}
 
 
 def private_kib() -> int:
@@ -128,7 +150,7 @@ def file(rounds: int, memory: str) -> dict[str, float]:
     return {"median": figures["restore"], **figures}
 
 
-KINDS = {"fork": fork, "reset": reset, "tests": tests, "rss": rss, "file": file}
+KINDS = {"fork": fork, "reset": reset, "tests": tests, "disk-tests": disk_tests, "rss": rss, "file": file}
 
 if __name__ == "__main__":
     kind, count, *size = sys.argv[1:]

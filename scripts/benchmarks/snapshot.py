@@ -27,10 +27,10 @@ NOTES = (
     "guest's first instruction makes, on the caller's thread; median of 100 in one process. Each is closed before the "
     "next one, which has its KVM VM then; new VM: those before are still there.",
     "The first figure is the median of: fork; reset after 10 pages; one test; KiB (not us) of a fork; restore.",
-    "reset: Pc.restore(snapshot) after so many pages were written since; what the guest writes next is a page fault "
-    "of the host each, which is not in here.",
-    f"tests: {TESTS} forks, each run to its first exit and closed; rss: private memory of the process for each of 100 "
-    "forks that have run.",
+    "reset: Pc.restore(snapshot) after the guest ran and so many pages were written since; what the guest writes next "
+    "is a page fault of the host each, which is not in here.",
+    f"tests: {TESTS} forks, each run to its first exit and closed; disk: of a PC with a disk with an overlay, and an "
+    "entropy device; rss: private memory of the process for each of 100 forks that have run.",
     "file: Machine.save (with fsync) of a guest that has touched little of its memory, and restore_file up to the "
     "first guest instruction, all memory checked or none (lazy).",
     "QEMU: stop and migrate to a file (no fsync); then a new process with -incoming, from its start to `running` by "
@@ -45,6 +45,7 @@ def candidates(setup: Setup) -> list[Candidate]:
         "fork 2G": ("fork", "100", "2G"),
         "reset 512M": ("reset", "50", "512M"),
         f"{TESTS} tests": ("tests", str(TESTS), "512M"),
+        f"{TESTS} tests, disk": ("disk-tests", str(TESTS), "512M"),
         "rss of a fork": ("rss", "100", "512M"),
         "file 512M": ("file", "10", "512M"),
         "file 2G": ("file", "10", "2G"),
