@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from pykvm.board import Pc
     from pykvm.core.iothread import IoThread
+    from pykvm.core.machine import Machine
 
 PLACES = "stdio, file:PATH, pty, unix:PATH, none"
 
@@ -97,6 +98,22 @@ def open_consoles(pc: Pc, ends: list[SerialPort], *, capture: bool) -> None:
         if port.where:
             ends.append(SerialPort(port.where))
             _open(pc, port, ends[-1], capture=capture)
+        if port.sink is _take_nothing:
+            port.sink = None
+        if port.resumed:
+            port.more()
+
+
+def hold_output(machine: Machine) -> None:
+    """Keep what a restored machine had not got rid of until `open_consoles` says where it goes."""
+    from pykvm.board import Pc
+
+    for port in console_ports(machine) if isinstance(machine, Pc) else ():
+        port.sink = _take_nothing
+
+
+def _take_nothing(data: bytes) -> int:
+    return 0
 
 
 class Outlet:

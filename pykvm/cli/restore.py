@@ -89,6 +89,7 @@ def run(argv: list[str]) -> int:
         raise UsageError("--gdb-wait and --gdb-arch need --gdb WHERE")
     everything = {option.key: [] if option.many else option.default for option in START_OPTIONS} | values
     from pykvm.board import Pc
+    from pykvm.cli.consoleport import hold_output, replace_ends
     from pykvm.control.restore import restore_file
 
     signals = Signals()
@@ -96,14 +97,13 @@ def run(argv: list[str]) -> int:
         rest[0],
         lazy=bool(values["lazy"]),
         parent=values["parent"],
+        attach=hold_output,
         net=_backends(values["net"]),
         vsock=values["vsock"],
     ) as machine:
         if not isinstance(machine, Pc):
             raise UsageError(f"{rest[0]}: is a bare Machine; restore it from Python, by pykvm.restore_file")
         if machine.virtio:
-            from pykvm.cli.consoleport import replace_ends
-
             everything["console"] = replace_ends(machine, values["console"])
         elif values["console"]:
             raise UsageError("--console: the machine was saved without a virtio console")

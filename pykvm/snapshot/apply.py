@@ -108,7 +108,9 @@ def _check_devices(machine: Machine, snapshot: Snapshot) -> list[tuple[Device, o
         if not snapshot.checked and device.shape is not None:
             device.shape.check(name, part.version, part.state)
         found.append((device, part.state))
-    return found
+    beside = holders(device for device, _ in found)
+    # last those that interrupt as soon as they are restored: an IOAPIC that has no routes yet would lose that
+    return sorted(found, key=lambda each: each[0] in beside)
 
 
 def _restore(machine: Machine, snapshot: Snapshot, devices: list[tuple[Device, object]]) -> None:
