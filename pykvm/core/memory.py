@@ -165,12 +165,12 @@ class GuestMemory:
         """Unmap a slot that KVM no longer knows."""
         self.slots.remove(slot)
         self.publish()
-        _release(slot)
+        release(slot)
 
     def close(self) -> None:
         """Unmap everything. A view that a caller still holds keeps its own slot mapped until it is dropped."""
         for slot in self.slots:
-            _release(slot)
+            release(slot)
         self.slots.clear()
 
     def damage(self, *, seen: bool = False) -> str:
@@ -381,7 +381,8 @@ def _span(key: slice) -> tuple[int, int]:
     return key.start, key.stop - key.start
 
 
-def _release(slot: Slot) -> None:
+def release(slot: Slot) -> None:
+    """Unmap a slot, and close what belongs to it."""
     if slot.guard is not None:
         slot.guard.release()
     try:

@@ -12,7 +12,7 @@ from pykvm._native import lib
 from pykvm.core import reaper
 from pykvm.core.memimage import revert
 from pykvm.core.vmsetup import coalesced_offset
-from pykvm.errors import KvmError, SnapshotError
+from pykvm.errors import PykvmError
 from pykvm.kvm.vcpu import VcpuFd
 from pykvm.kvm.vm import VmFd
 
@@ -79,15 +79,15 @@ def park(machine: Machine, images: Sequence[SlotImage]) -> Spare | None:
     The machine is without VM, vCPUs and memory then.
     """
     slots = machine.memory.slots
-    if not _restorable(machine) or [slot.image for slot in slots] != [*images]:
-        return None
     try:
+        if not _restorable(machine) or [slot.image for slot in slots] != [*images]:
+            return None
         if not all(slot.abandon() for slot in slots):
             return None
         _quieten(machine)
         for slot in slots:
             revert(slot)
-    except (KvmError, SnapshotError):
+    except PykvmError:
         return None
     spare = Spare(machine)
     spare.wires, machine.wires = machine.wires, {}
@@ -108,7 +108,9 @@ def _restorable(machine: Machine) -> bool:
     handles = [machine.vm, *(vcpu.fd for vcpu in machine.vcpus)]
     if any(slot.guard is not None and slot.guard.hit() for slot in machine.memory.slots):
         return False  # a page of a file is gone
-    return not machine.config.stats and all(handle.fd >= 0 and handle.issued <= UNDONE for handle in handles)
+    if machine.config.stats or any(slot.copied or slot.fd >= 0 for slot in machine.memory.slots):
+        return False
+    return all(handle.fd >= 0 and handle.issued <= UNDONE for handle in handles)
 
 
 def _quieten(machine: Machine) -> None:

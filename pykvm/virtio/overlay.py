@@ -12,7 +12,7 @@ import os
 
 from pykvm._native import lib
 from pykvm.core.memimage import Backing, Extent, SlotImage, capture, install, revert
-from pykvm.core.memory import PAGE_SIZE, Slot
+from pykvm.core.memory import PAGE_SIZE, Slot, release
 from pykvm.core.state import Kind
 from pykvm.errors import ConfigError, SnapshotError
 from pykvm.virtio.diskfile import DiskFile, move
@@ -63,9 +63,7 @@ class OverlayFile(DiskFile):
         """Forget what was written."""
         slot = getattr(self, "_slot", None)
         if slot is not None and slot.image is not None:
-            slot.image = None
-            slot.view.release()
-            slot.map.close()
+            release(slot)
         if self._mem >= 0:
             os.close(self._mem)
             self._mem = -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import struct
@@ -17,6 +18,7 @@ from test_snapshot import SOURCE, say
 from test_snapshot_file import refused, reseal
 
 from pykvm import Machine, Outcome, Pc, SnapshotError, restore_file
+from pykvm.core import reaper
 from pykvm.snapshot.format import PAGE
 from pykvm.snapshot.load import load
 from pykvm.virtio.blk import Disk
@@ -110,6 +112,24 @@ def test_a_restored_overlay_lives_on(vm: Pc, image: Path, tmp_path: Path) -> Non
         assert content(machine) == changed(before, WRITES)
     with restore_file(path) as machine:
         assert content(machine) == changed(before, WRITES, MORE)
+
+
+def test_it_leaves_nothing_behind(vm: Pc, tmp_path: Path) -> None:
+    """Machines made of the file, forked and closed again, leave no file descriptor."""
+
+    def open_fds() -> int:
+        gc.collect()
+        reaper.drain()
+        return len(os.listdir("/proc/self/fd"))
+
+    vm.save(str(tmp_path / "vm"))
+    found = []
+    for _ in range(4):
+        with restore_file(tmp_path / "vm") as machine, machine.fork() as child:
+            write(child, MORE)
+        del machine, child
+        found.append(open_fds())
+    assert found[1] == found[3]
 
 
 @pytest.mark.usefixtures("images")
