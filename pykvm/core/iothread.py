@@ -171,17 +171,32 @@ class IoThread:
     # -- the thread ---------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        if self._thread is None and not self._stopping:
-            native = lib.pk_io_new()
-            if native == ffi.NULL:
-                raise MemoryError("I/O thread")
-            self._native = ffi.gc(native, lib.pk_io_free)
+        """Start the thread, or raise OSError, MemoryError or RuntimeError with nothing begun."""
+        if self._thread is not None or self._stopping:
+            return
+        native = lib.pk_io_new()
+        if native == ffi.NULL:
+            raise MemoryError("I/O thread")
+        self._native = ffi.gc(native, lib.pk_io_free)
+        try:
             self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
             self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             for fd in (self._wake_fd, *self._readers):
                 self._epoll.register(fd, select.EPOLLIN)
-            self._thread = threading.Thread(target=self._main, name=self._name, daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._main, name=self._name, daemon=True)
+            thread.start()
+        except BaseException:
+            self._close_fds()
+            raise
+        self._thread = thread
+
+    def _close_fds(self) -> None:
+        if self._epoll is not None:
+            self._epoll.close()
+            self._epoll = None
+        if self._wake_fd >= 0:
+            os.close(self._wake_fd)
+            self._wake_fd = -1
 
     def _wake(self) -> None:
         with self._lock:  # not past the closing of the eventfd, whose number may be somebody else's by then
@@ -209,10 +224,7 @@ class IoThread:
             for callback in self._due():
                 self._call(callback)
         with self._lock:
-            self._epoll.close()
-            self._epoll = None
-            os.close(self._wake_fd)
-            self._wake_fd = -1
+            self._close_fds()
 
     def _timeout_ns(self) -> int:
         with self._lock:
