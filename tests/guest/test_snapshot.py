@@ -23,7 +23,9 @@ from pykvm import BootConfig, Machine, Outcome, Pc
 from pykvm.virtio.balloon import Balloon
 from pykvm.virtio.blk import Disk
 from pykvm.virtio.imagedisk import ImageDisk
+from pykvm.virtio.net import Net
 from pykvm.virtio.share import Share
+from pykvm.virtio.tap import Tap
 from pykvm.virtio.vsock import Vsock
 
 TYPE_CHECKING = False
@@ -39,6 +41,7 @@ TROUBLE = "soft lockup|rcu.*stall|BUG:|Call Trace|I/O error"
 
 HOST, GUEST, WEB = "10.77.0.1", "10.77.0.2", 8000
 MAC = "52:54:00:12:34:56"
+PING = f"until ping -c 1 -W 3 {HOST} >/dev/null; do :; done"
 NETWORK = f"ip addr add {GUEST}/24 dev eth0; ip link set eth0 up"
 
 # fio writes blocks and verifies them all the time; beside it a file comes over the network again and again.
@@ -99,15 +102,19 @@ def shell(machine: Machine, command: str) -> str:
     return machine.console.before.replace("\r", "").replace("\0", "")
 
 
+@pytest.mark.timeout(280)
 def test_one_fork_for_each_test(
     guest_kernel: Path, initrd_with: Callable[..., Path], image: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """Debian boots once; each of many forks writes to its memory and disk, and sees nothing of any other."""
-    initrd = initrd_with("virtio_mmio", "virtio_blk")
+    initrd = initrd_with("virtio_mmio", "virtio_blk", "virtio_net")
     boot = BootConfig(str(guest_kernel), initrd=str(initrd), cmdline="console=ttyS0 quiet")
     begin = monotonic()
-    with Pc(boot, memory="256M", cpus=2, memfd=True, devices=[Disk(image, overlay=True)]) as vm:
+    devices = [Disk(image, overlay=True), Net(Tap(TAP), mac=MAC)]
+    subprocess.run(["ip", "addr", "add", f"{HOST}/24", "dev", TAP], check=True)
+    with Pc(boot, memory="256M", cpus=2, memfd=True, devices=devices) as vm:
         boot_to_shell(vm)
+        shell(vm, f"{NETWORK}; {PING}")
         assert "2" in shell(vm, "nproc")
         before = float(shell(vm, "cut -d' ' -f1 /proc/uptime"))
         trouble = shell(vm, f"dmesg | grep -E '{TROUBLE}'")
@@ -127,15 +134,36 @@ def test_one_fork_for_each_test(
                 uptime = float(shell(child, "cut -d' ' -f1 /proc/uptime"))
                 assert before <= uptime < before + SECONDS
                 assert shell(child, f"dmesg | grep -E '{TROUBLE}'") == trouble
+                if number == FORKS - 1:
+                    shell(child, wait_for_link(0))
+                    plug_in(child)
         record_property("boot_s", booted)
         record_property("all_s", monotonic() - begin)
         print(f"dmesg: {trouble!r}")
         print(f"boot {booted:.1f} s; with {FORKS} forks {monotonic() - begin:.1f} s")
         vm.restore(snapshot)
         assert "test-" not in shell(vm, f"cat /tmp/mine; dd if={DISK} bs=16 count=1 2>/dev/null")
+        shell(vm, PING)
         vm.console.sendline("poweroff -f")
         assert vm.run(SECONDS) == Outcome.POWER_OFF
     assert not any(image.read_bytes())
+
+
+def wait_for_link(state: int) -> str:
+    """A command that waits until the guest sees its network's link up (1) or down (0)."""
+    return f"until [ $(cat /sys/class/net/eth0/carrier) = {state} ]; do sleep 0.1; done"
+
+
+def plug_in(child: Pc) -> None:
+    """Give a fork a network of its own: the guest's link comes up, and it reaches the host by it."""
+    tap = Tap()
+    subprocess.run(["ip", "addr", "del", f"{HOST}/24", "dev", TAP], check=True)
+    subprocess.run(["ip", "addr", "add", f"{HOST}/24", "dev", tap.ifname], check=True)
+    child.find(Net)[0].plug(tap)
+    shell(child, wait_for_link(1))
+    shell(child, PING)
+    subprocess.run(["ip", "addr", "del", f"{HOST}/24", "dev", tap.ifname], check=True)
+    subprocess.run(["ip", "addr", "add", f"{HOST}/24", "dev", TAP], check=True)
 
 
 def fio_files() -> dict[str, bytes]:
