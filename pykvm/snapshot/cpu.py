@@ -12,6 +12,7 @@ from pykvm._native import ffi, lib
 from pykvm.core.state import U64, Bytes, Int, Shape
 from pykvm.errors import KvmError, SnapshotError
 from pykvm.x86.msrs import IA32_TSC, IA32_TSC_DEADLINE
+from pykvm.x86.segments import CR4_VMXE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ _readable: dict[tuple[object, ...], CData] = {}
 def save_vcpu(machine: Machine, vcpu: Vcpu) -> State:
     """The state of a paused vCPU whose last access is complete."""
     fd, in_kernel = vcpu.fd, machine.config.irqchip != "none"
+    refuse_nested(vcpu.index, fd, machine.vm.check_extension(lib.KVM_CAP_NESTED_STATE))
     state: State = {}
     for name, (get, _, struct) in _ALL.items():
         state[name] = b""
@@ -85,6 +87,21 @@ def save_vcpu(machine: Machine, vcpu: Vcpu) -> State:
     state["msrs"] = _save_msrs(machine, fd)
     state["tsc_khz"] = fd.get_tsc_khz()
     return state
+
+
+def refuse_nested(index: int, fd: VcpuFd, size: int) -> None:
+    """Raise SnapshotError for a vCPU that runs a guest of its own (4.114): such state is not saved.
+
+    `size` is KVM_CAP_NESTED_STATE. With VMX being a hypervisor is enough: KVM keeps the VMXON pointer to itself.
+    """
+    if not size:
+        return
+    state = ffi.from_buffer("struct kvm_nested_state *", fd.get_nested_state(size))
+    inside = state.flags & (lib.KVM_STATE_NESTED_GUEST_MODE | lib.KVM_STATE_NESTED_RUN_PENDING)
+    if inside or (state.format == lib.KVM_STATE_NESTED_FORMAT_VMX and fd.get_sregs().cr4 & CR4_VMXE):
+        raise SnapshotError(
+            f"vCPU {index} runs a guest of its own, which no snapshot can hold: take it before the guest starts that"
+        )
 
 
 def _save_msrs(machine: Machine, fd: VcpuFd) -> bytes:
