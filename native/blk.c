@@ -1,5 +1,6 @@
 #define _GNU_SOURCE
 #include "blk.h"
+#include "clock.h"
 #include "lock.h"
 #include <errno.h>
 #include <fcntl.h>
@@ -9,14 +10,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
-#include <time.h>
 #include <unistd.h>
 
 enum { SECTOR_SHIFT = 9, SECTOR = 1 << SECTOR_SHIFT };
 /* One turn, so that other devices and timers get theirs; and how much goes before the driver hears of it. */
 enum { TURN_REQUESTS = 64, TURN_BYTES = 4 << 20, INTERRUPT_EVERY = 8 };
 /* After how many requests the clock is looked at, and for how many it counts. */
-enum { CLOCK_EVERY = 8, SLOW_FOR = 256, NS_PER_S = 1000000000 };
+enum { CLOCK_EVERY = 8, SLOW_FOR = 256 };
 /* What became of a request. */
 enum { DONE, BEGUN, FOR_PYTHON, NOTHING };
 
@@ -34,12 +34,6 @@ static int allowed(const struct pk_blk *disk, struct pk_blk_move *move, uint64_t
         return 0;
     move->offset = sector << SECTOR_SHIFT;
     return move->count <= IOV_MAX && aligned(move->iov, move->count, move->offset, disk->unit);
-}
-
-static uint64_t now(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (uint64_t)time.tv_sec * NS_PER_S + (uint64_t)time.tv_nsec;
 }
 
 static ssize_t transfer(const struct pk_blk *disk, const struct pk_blk_move *move, int flags) {
@@ -63,10 +57,10 @@ static ssize_t timed_transfer(struct pk_blk *disk, const struct pk_blk_move *mov
     if (disk->served++ % CLOCK_EVERY)
         return transfer(disk, move, flags);
     long before = preempted();
-    uint64_t start = now();
+    uint64_t start = pk_now_ns();
     ssize_t done = transfer(disk, move, flags);
     int failed = errno;
-    if (now() - start > disk->slow_ns && preempted() == before)
+    if (pk_now_ns() - start > disk->slow_ns && preempted() == before)
         disk->slow = SLOW_FOR;
     errno = failed;
     return done;

@@ -38,6 +38,7 @@ SOURCES = (
     "filemem.c",
 )
 LOCAL_HEADERS = (
+    "clock.h",
     "runloop.h",
     "trace.h",
     "dynlib.h",

@@ -1,14 +1,13 @@
 #include "ioloop.h"
+#include "clock.h"
 #include <errno.h>
 #include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <time.h>
 
 enum { EVENTS = 32 };
 #define NS_PER_MS 1000000
-#define NS_PER_S 1000000000ll
 
 struct pk_io {
     pthread_mutex_t lock; /* guards the table; held while a handler works */
@@ -59,17 +58,11 @@ static int serve(struct pk_io *io, int fd) {
     return python;
 }
 
-static int64_t now(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return time.tv_sec * NS_PER_S + time.tv_nsec;
-}
-
 /* Milliseconds as epoll_wait wants them, rounded up: a timer must not ring early. */
 static int left_ms(int64_t deadline) {
     if (deadline < 0)
         return -1;
-    int64_t left = deadline - now();
+    int64_t left = deadline - (int64_t)pk_now_ns();
     if (left <= 0)
         return 0;
     left = (left + NS_PER_MS - 1) / NS_PER_MS;
@@ -77,7 +70,7 @@ static int left_ms(int64_t deadline) {
 }
 
 int pk_io_wait(struct pk_io *io, int epoll, int64_t timeout_ns, struct pk_ready *ready, int max) {
-    int64_t deadline = timeout_ns < 0 ? -1 : now() + timeout_ns;
+    int64_t deadline = timeout_ns < 0 ? -1 : (int64_t)pk_now_ns() + timeout_ns;
     for (;;) {
         struct epoll_event events[EVENTS];
         int wait_ms = left_ms(deadline);

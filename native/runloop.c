@@ -1,13 +1,13 @@
 /* The vCPU hot loop. See runloop.h. */
 #define _GNU_SOURCE
 #include "runloop.h"
+#include "clock.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
 int pk_ioctl(int fd, unsigned long request, void *argument) {
@@ -192,12 +192,6 @@ static int answer(struct pk_table *table, const struct access *access) {
 
 /* -- statistics ------------------------------------------------------------------------------------------ */
 
-static uint64_t now_ns(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
 static void count_access(struct pk_vcpu *vcpu, const struct access *access) {
     uint32_t slot = (uint32_t)((access->address * 0x9e3779b97f4a7c15u) >> 40) ^ access->mmio;
     for (uint32_t probe = 0; probe < 16; probe++) {
@@ -247,7 +241,7 @@ static int enter(struct pk_vcpu *vcpu) {
     uint64_t entered_at = 0;
     int result;
     if (vcpu->stats_enabled) {
-        entered_at = now_ns();
+        entered_at = pk_now_ns();
         if (vcpu->left_at)
             vcpu->outside_ns += entered_at - vcpu->left_at;
     }
@@ -260,7 +254,7 @@ static int enter(struct pk_vcpu *vcpu) {
     if (vcpu->trace)
         pk_trace_leave(vcpu->trace, vcpu->run, result);
     if (vcpu->stats_enabled) {
-        vcpu->left_at = now_ns();
+        vcpu->left_at = pk_now_ns();
         vcpu->guest_ns += vcpu->left_at - entered_at;
     }
     if (result == -EINTR) {

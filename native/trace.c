@@ -1,13 +1,13 @@
 /* Exit tracing. See trace.h. */
 #define _GNU_SOURCE
 #include "trace.h"
+#include "clock.h"
 
 #include "runloop.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 struct pk_trace *pk_trace_new(uint32_t capacity, uint16_t vcpu, int eventfd) {
@@ -37,12 +37,6 @@ void pk_trace_use(struct pk_vcpu *vcpu, struct pk_trace *trace, int rip) {
         pk_trace_finish(trace); /* its answer would have come through the kvm_run of an earlier KVM vCPU */
     vcpu->trace = trace;
     vcpu->run->kvm_valid_regs = trace && rip ? KVM_SYNC_X86_REGS : 0;
-}
-
-static uint64_t now_ns(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
 static struct pk_trace_record *at_head(struct pk_trace *trace) {
@@ -122,7 +116,7 @@ static void publish(struct pk_trace *trace) {
 }
 
 void pk_trace_enter(struct pk_trace *trace) {
-    trace->entered_ns = now_ns();
+    trace->entered_ns = pk_now_ns();
     if (!trace->pending)
         return;
     struct pk_trace_record *record = at_head(trace);
@@ -142,7 +136,7 @@ void pk_trace_leave(struct pk_trace *trace, const struct kvm_run *run, int resul
     }
     struct pk_trace_record *record = at_head(trace);
     *record = (struct pk_trace_record){
-        .left_ns = now_ns(),
+        .left_ns = pk_now_ns(),
         .lost = trace->lost_now,
         .elements = 1,
         .vcpu = trace->vcpu,

@@ -1,7 +1,7 @@
 #include "virtqueue.h"
+#include "clock.h"
 #include <linux/virtio_ring.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #define MAX_BYTES 0xffffffffull /* of a chain, as in queue.py */
@@ -148,21 +148,15 @@ int pk_queue_want_notification(struct pk_virtqueue *queue) {
     return waiting > 0 ? PK_GOT : waiting;
 }
 
-enum { POLL_FIRST_NS = 8000, LOOKS = 16, NS_PER_S = 1000000000 };
-
-static uint64_t now(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (uint64_t)time.tv_sec * NS_PER_S + (uint64_t)time.tv_nsec;
-}
+enum { POLL_FIRST_NS = 8000, LOOKS = 16 };
 
 int pk_queue_poll(const struct pk_virtqueue *queue, struct pk_poll *poll, const unsigned *other,
                   unsigned known) {
     if (!poll->max_ns)
         return PK_EMPTY;
-    poll->idle_since = now();
+    poll->idle_since = pk_now_ns();
     uint64_t end = poll->idle_since + poll->now_ns;
-    while (poll->now_ns && now() < end)
+    while (poll->now_ns && pk_now_ns() < end)
         for (int i = 0; i < LOOKS; i++) {
             if (load(&queue->avail[AVAIL_IDX]) != queue->next_avail)
                 return PK_GOT;
@@ -176,7 +170,7 @@ int pk_queue_poll(const struct pk_virtqueue *queue, struct pk_poll *poll, const 
 void pk_queue_woken(struct pk_poll *poll) {
     if (!poll->max_ns || !poll->idle_since)
         return;
-    if (now() - poll->idle_since > poll->max_ns)
+    if (pk_now_ns() - poll->idle_since > poll->max_ns)
         poll->now_ns = 0; /* watching does not pay */
     else if (!poll->now_ns)
         poll->now_ns = POLL_FIRST_NS < poll->max_ns ? POLL_FIRST_NS : poll->max_ns;
