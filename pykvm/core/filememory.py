@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 
 from pykvm._native import ffi, lib
+from pykvm.core.memory import PAGE_SIZE
 from pykvm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from pykvm.core.memory import GuestMemory, Slot
-
-PAGE_SIZE = 4096
 
 
 class FileGuard:

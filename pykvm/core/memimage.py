@@ -100,8 +100,7 @@ class SlotImage:
 
     def flat(self) -> SlotImage:
         """The same content in one memfd, for an image of so many extents that mapping them would cost more."""
-        backing = Backing(os.memfd_create(f"pykvm-{self.name}", os.MFD_CLOEXEC))
-        os.ftruncate(backing.fd, self.size)
+        backing = new_memfd(self)
         for start, end in self.data_ranges():
             for at in range(start, end, COPY):
                 os.pwrite(backing.fd, self.read(at, min(COPY, end - at)), at)
@@ -231,7 +230,7 @@ def capture(slot: Slot) -> SlotImage:
     if slot.fd >= 0:  # was shared: the file is the content
         backing = Backing(slot.fd)
         slot.fd = -1
-        image = _over(slot, [Extent(0, slot.size, backing, 0)])
+        image = over(slot, [Extent(0, slot.size, backing, 0)])
         install(slot, image)
         return image
     below: SlotImage | None = slot.image
@@ -242,32 +241,35 @@ def capture(slot: Slot) -> SlotImage:
     extents = below.extents if below is not None else ()
     most = MAX_EXTENTS if below is None or below.base is None else MAX_ON_BASE
     flatten = below is None or len(extents) + 2 * len(own) > most
-    backing = _new_memfd(slot)
+    backing = new_memfd(slot)
     for start, end in below.data_ranges() if flatten and below is not None else ():
-        _copy(slot, backing, start, end)  # what is own there is in the slot's memory already
+        copy_part(slot, backing, start, end)  # what is own there is in the slot's memory already
     for start, end in own:
-        _copy(slot, backing, start, end)
+        copy_part(slot, backing, start, end)
     if flatten:
-        image = _over(slot, [Extent(0, slot.size, backing, 0)])
+        image = over(slot, [Extent(0, slot.size, backing, 0)])
         install(slot, image)
     else:
-        image = _over(slot, [*cut(extents, own), *(Extent(start, end, backing, start) for start, end in own)])
+        image = over(slot, [*cut(extents, own), *(Extent(start, end, backing, start) for start, end in own)])
         install(slot, image, own)
     return image
 
 
-def _over(slot: Slot, extents: Iterable[Extent]) -> SlotImage:
+def over(slot: Slot, extents: Iterable[Extent]) -> SlotImage:
+    """An image of the slot with this content."""
     base = slot.image.base if slot.image is not None else None
     return SlotImage(slot.index, slot.gpa, slot.size, slot.name, slot.readonly, extents, base)
 
 
-def _new_memfd(slot: Slot) -> Backing:
+def new_memfd(slot: Slot | SlotImage) -> Backing:
+    """A file of that size, all of it a hole."""
     backing = Backing(os.memfd_create(f"pykvm-{slot.name}", os.MFD_CLOEXEC))
     os.ftruncate(backing.fd, slot.size)
     return backing
 
 
-def _copy(slot: Slot, backing: Backing, start: int, end: int) -> None:
+def copy_part(slot: Slot, backing: Backing, start: int, end: int) -> None:
+    """Write that part of the slot's memory at the same place of the file."""
     for at in range(start, end, COPY):
         with slot.view[at : min(at + COPY, end)] as piece:
             done = 0

@@ -9,27 +9,19 @@ from __future__ import annotations
 import os
 
 from pykvm._native import lib
-from pykvm.core.memimage import Backing, Extent, SlotImage, file_data
+from pykvm.core.memimage import COPY, Extent, SlotImage, copy_part, file_data, new_memfd, over
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pykvm.core.memory import Slot
 
-COPY = 4 << 20  # bytes at a time
-
 
 def copy_out(slot: Slot) -> SlotImage:
     """The slot's content in a memfd of its own; holes stay holes."""
-    backing = Backing(os.memfd_create(f"pykvm-{slot.name}", os.MFD_CLOEXEC))
-    os.ftruncate(backing.fd, slot.size)
+    backing = new_memfd(slot)
     for start, end in file_data(slot.fd, 0, slot.size):
-        for at in range(start, end, COPY):
-            with slot.view[at : min(at + COPY, end)] as piece:
-                done = 0
-                while done < len(piece):
-                    done += os.pwrite(backing.fd, piece[done:], at + done)
-    extents = [Extent(0, slot.size, backing, 0)]
-    return SlotImage(slot.index, slot.gpa, slot.size, slot.name, slot.readonly, extents)
+        copy_part(slot, backing, start, end)
+    return over(slot, [Extent(0, slot.size, backing, 0)])
 
 
 def copy_in(slot: Slot, image: SlotImage) -> None:

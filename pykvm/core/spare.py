@@ -50,7 +50,7 @@ class Spare:
         self.slots: list[Slot] = []
         self.wires: dict[int, Wires] = {}
         self.vm = -1
-        self.vcpus: list[tuple[int, CData]] = []  # file descriptor, CPUID
+        self.vcpus: list[tuple[CData, int]] = []  # CPUID, file descriptor
 
     def fits(self, machine: Machine) -> bool:
         """Whether a fork of `machine` can have it: one of this process, with the same configuration and transports."""
@@ -61,7 +61,7 @@ class Spare:
         vm, self.vm = VmFd(self.vm, self.kvm), -1
         vcpus, self.vcpus = self.vcpus, []
         coalesced = coalesced_offset(vm)
-        for vcpu, (fd, cpuid) in zip(machine.vcpus, vcpus, strict=True):
+        for vcpu, (cpuid, fd) in zip(machine.vcpus, vcpus, strict=True):
             vcpu.connect(VcpuFd(fd, vcpu.index), self.kvm.vcpu_mmap_size, coalesced)
             vcpu.cpuid = cpuid
         return vm
@@ -70,7 +70,7 @@ class Spare:
         for wires in self.wires.values():
             wires.close()
         if self.vm >= 0 and not self.kvm.foreign:
-            reaper.close_later([fd for fd in (*(fd for fd, _ in self.vcpus), self.vm, self.kvm.fd) if fd >= 0])
+            reaper.close_later([fd for fd in (*(fd for _, fd in self.vcpus), self.vm, self.kvm.fd) if fd >= 0])
 
 
 def park(machine: Machine, images: Sequence[SlotImage]) -> Spare | None:
@@ -94,7 +94,7 @@ def park(machine: Machine, images: Sequence[SlotImage]) -> Spare | None:
     for wires in spare.wires.values():
         wires.keep()
     spare.slots = machine.memory.give()
-    spare.vcpus = [(vcpu.disconnect()[0], cpuid) for vcpu, cpuid in [(vcpu, vcpu.cpuid) for vcpu in machine.vcpus]]
+    spare.vcpus = [(vcpu.cpuid, vcpu.disconnect()[0]) for vcpu in machine.vcpus]
     spare.vm = machine.give_vm()
     return spare
 
