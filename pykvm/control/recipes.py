@@ -29,17 +29,20 @@ class _Options(Kind):
         return isinstance(value, dict)
 
 
-class _Limit(Kind):
-    """A rate limit as pykvm.virtio.rate.numbers_of gives it."""
+class _OrNothing(Kind):
+    """A row, or []."""
 
-    def __init__(self) -> None:
-        super().__init__("a rate limit")
+    def __init__(self, what: str, row: Row) -> None:
+        super().__init__(what)
+        self._row = row
 
     def accepts(self, value: object) -> bool:
-        """[] or three numbers."""
-        return value == [] or Row(*[Int(0, 1 << 62)] * 3).accepts(value)
+        """Such a row, or []."""
+        return value == [] or self._row.accepts(value)
 
 
+_LIMIT = _OrNothing("a rate limit", Row(*[Int(0, 1 << 62)] * 3))  # as pykvm.virtio.rate.numbers_of gives it
+_BACKEND = _OrNothing("the kind and options of a network", Row(Text(20), _Options()))
 _RECIPES = ListOf(Row(Text(20), _Options()), 0, MAX_DEVICES)
 
 
@@ -163,17 +166,6 @@ _NETS = {
 }
 
 
-class _Backend(Kind):
-    """A network backend's kind and options, or nothing."""
-
-    def __init__(self) -> None:
-        super().__init__("the kind and options of a network")
-
-    def accepts(self, value: object) -> bool:
-        """[] or [kind, {option: value}]."""
-        return value == [] or Row(Text(20), _Options()).accepts(value)
-
-
 def _image(options: dict[str, Any]) -> VirtioDevice:
     from pykvm.virtio.imagedisk import ImageDisk
 
@@ -198,15 +190,15 @@ _KINDS: dict[str, tuple[Shape, Callable[[dict[str, Any]], VirtioDevice]]] = {
             queues=Int(1, 16),
             thread=BOOL,
             overlay=BOOL,
-            limit=_Limit(),
+            limit=_LIMIT,
         ),
         _disk,
     ),
-    "rng": (Shape(1, limit=_Limit()), _rng),
+    "rng": (Shape(1, limit=_LIMIT), _rng),
     "console": (Shape(1, ports=ListOf(Row(Text(255), BOOL, PATH), 1, 16)), _console),
     "balloon": (Shape(1, deflate_on_oom=BOOL, reporting=BOOL), _balloon),
     "net": (
-        Shape(1, mac=Bytes(6), mtu=Int(0, 65535), link=BOOL, features=U64, backend=_Backend(), limit=_Limit()),
+        Shape(1, mac=Bytes(6), mtu=Int(0, 65535), link=BOOL, features=U64, backend=_BACKEND, limit=_LIMIT),
         _net,
     ),
     "image": (Shape(1, path=PATH, kind=Text(10), readonly=BOOL, direct=BOOL, queues=Int(1, 16)), _image),

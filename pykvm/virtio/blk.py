@@ -277,14 +277,11 @@ class Disk(VirtioDevice):
 
     def twin(self) -> Disk:
         """The same image, its overlay to be filled in by `restore`."""
-        limit = self.limit.again() if self.limit is not None else None
-        return Disk(self.path, **self._recipe, limit=limit)  # type: ignore[arg-type]
+        return Disk(self.path, **self._recipe, limit=self.another_limit())  # type: ignore[arg-type]
 
     def recipe(self) -> tuple[str, dict[str, object]]:
         """Its options."""
-        from pykvm.virtio.rate import numbers_of
-
-        return "disk", {"path": os.path.abspath(self.path), **self._recipe, "limit": numbers_of(self.limit)}
+        return "disk", {"path": os.path.abspath(self.path), **self._recipe, "limit": self.limit_numbers()}
 
     # -- requests (5.2.6) ---------------------------------------------------------------------------------------
 

@@ -84,9 +84,7 @@ class BlkPlane:
         return error
 
     def close(self, transport: VirtioMmio) -> None:
-        """Wait until nothing is in flight; give everything back."""
-        if not self._queues:
-            return
+        """Wait until nothing is in flight; give everything back. Only while it is `serving`."""
         with transport.lock:
             lib.pk_blk_deinit(self.state)
         self._queues.clear()

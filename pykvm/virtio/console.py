@@ -69,7 +69,8 @@ class ConsolePort:
     ) -> None:
         if not name and not console:
             raise ConfigError("console", "a port that is no console needs a name")
-        if len(name.encode(errors="surrogateescape")) > MAX_NAME:
+        self._raw_name = name.encode(errors="surrogateescape")
+        if len(self._raw_name) > MAX_NAME:
             raise ConfigError("console", f"a port's name of more than {MAX_NAME} bytes")
         self.name = name
         self.console = console
@@ -233,7 +234,7 @@ class ConsolePort:
         if self.console:
             say(index, lib.VIRTIO_CONSOLE_CONSOLE_PORT, 1)
         if self.name:
-            say(index, lib.VIRTIO_CONSOLE_PORT_NAME, 1, self.name.encode(errors="surrogateescape"))
+            say(index, lib.VIRTIO_CONSOLE_PORT_NAME, 1, self._raw_name)
         self._told = TOLD_OPEN if self.connected else TOLD_CLOSED
         if self.connected:
             say(index, lib.VIRTIO_CONSOLE_PORT_OPEN, 1)
@@ -248,12 +249,11 @@ class ConsolePort:
 
     def save(self) -> list[bytes | bool | int]:
         """A PORT."""
-        name = self.name.encode(errors="surrogateescape")
-        return [name, self.console, self.open, self.connected, self._told, *self.size, self._offset]
+        return [self._raw_name, self.console, self.open, self.connected, self._told, *self.size, self._offset]
 
     def is_like(self, row: list[bytes | bool | int]) -> bool:
         """Whether the PORT is one of the same name and kind."""
-        return row[:2] == [self.name.encode(errors="surrogateescape"), self.console]
+        return row[:2] == [self._raw_name, self.console]
 
     def restore(self, row: list[int]) -> None:
         """Go on from a PORT. What is at the other end now may be something else: then the guest is told."""

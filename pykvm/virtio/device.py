@@ -79,6 +79,16 @@ class VirtioDevice:
 
             self.throttle = Throttle(self.limit, self.io.call_later, transport.notify)
 
+    def another_limit(self) -> RateLimit | None:
+        """For `twin`: the same rate limit, which the copy pays for itself."""
+        return self.limit.again() if self.limit is not None else None
+
+    def limit_numbers(self) -> list[int]:
+        """For `recipe`: the rate limit (pykvm.virtio.rate.numbers_of)."""
+        from pykvm.virtio.rate import numbers_of
+
+        return numbers_of(self.limit)
+
     def place(self, memory: GuestMemory, gpa: int) -> None:
         """Put a slot of `memory_size` bytes at `gpa`, before `bind`."""
         raise NotImplementedError

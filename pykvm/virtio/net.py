@@ -217,15 +217,19 @@ class Net(VirtioDevice):
 
     def activate(self, features: int) -> None:
         """Take frames from the backend from now on."""
-        self.negotiated = features
-        self.set_offloads(features if self._offloads is None else self._offloads & features)
-        self.control.apply()
+        self._agree(features)
         plane = self._plane
         plane.features, plane.link, plane.expected = features, self.link, 0
         plane.mergeable = bool(features & netrx.MERGEABLE)
         plane.checksums = bool(features & netrx.GUEST_CSUM)
         plane.active = self.native and self.alive and self.backend.is_plain
         self._watch(plane.watched | EPOLLIN)
+
+    def _agree(self, features: int) -> None:
+        """Tell the backend what was negotiated, and what the driver has set."""
+        self.negotiated = features
+        self.set_offloads(features if self._offloads is None else self._offloads & features)
+        self.control.apply()
 
     def stop(self) -> None:
         """Nothing passes until a reset."""
@@ -284,18 +288,15 @@ class Net(VirtioDevice):
 
     def twin(self) -> Net:
         """One that is not plugged in; see `plug`."""
-        limit = self.limit.again() if self.limit is not None else None
-        twin = Net(None, mtu=self.mtu or None, link=self.link, limit=limit)
+        twin = Net(None, mtu=self.mtu or None, link=self.link, limit=self.another_limit())
         twin.mac, twin.features, twin.native = self.mac, self.features, self.native
         return twin
 
     def recipe(self) -> tuple[str, dict[str, object]]:
         """Its options, and the backend's recipe."""
-        from pykvm.virtio.rate import numbers_of
-
         backend = self.backend.recipe() if self.alive else None
         options = {"mac": self.mac, "mtu": self.mtu, "link": self.link, "features": self.features}
-        options["limit"] = numbers_of(self.limit)
+        options["limit"] = self.limit_numbers()
         return "net", {**options, "backend": [] if backend is None else [*backend]}
 
     def close(self) -> None:

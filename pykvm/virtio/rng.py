@@ -33,13 +33,11 @@ class Rng(VirtioDevice):
 
     def twin(self) -> Rng:
         """Another one, with a rate limit of its own."""
-        return Rng(self.limit.again() if self.limit is not None else None)
+        return Rng(self.another_limit())
 
     def recipe(self) -> tuple[str, dict[str, object]]:
         """Its rate limit."""
-        from pykvm.virtio.rate import numbers_of
-
-        return "rng", {"limit": numbers_of(self.limit)}
+        return "rng", {"limit": self.limit_numbers()}
 
     def on_request(self, queue: Virtqueue, chain: Chain) -> int | None:
         """Random bytes for what is writable; a buffer that is readable is none of ours (5.4.6.1)."""

@@ -98,9 +98,7 @@ class VhostNet(Net):
 
     def activate(self, features: int) -> None:
         """Hand memory and queues to the kernel."""
-        self.negotiated = features
-        self.set_offloads(features if self._offloads is None else self._offloads & features)
-        self.control.apply()
+        self._agree(features)
         self._base = {RX: 0, TX: 0}
         if self.link:
             self._start()
