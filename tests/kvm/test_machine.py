@@ -321,7 +321,7 @@ def test_a_late_message_does_not_end_the_thread() -> None:
     def late() -> None:
         raise MachineStateError("the file descriptor is closed")
 
-    with machine(HLT) as vm:
+    with machine(HLT * 2) as vm:  # what is behind them is no program
         assert vm.run(timeout=5) == Outcome.HALTED
         vm.vcpus[0].post(late)
         assert vm.run(timeout=5) == Outcome.HALTED
