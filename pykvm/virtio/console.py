@@ -1,7 +1,8 @@
 """virtio-console: hvc0 and further ports, each a pair of byte streams. Layer: virtio.
 
-Source: virtio 1.2, 5.3 (Console Device). One unnamed console alone needs no multiport: its size is in the configuration
-space. Any more go by VIRTIO_CONSOLE_F_MULTIPORT, with control messages for names, sizes, opening and closing.
+Source: virtio 1.2, 5.3 (Console Device). VIRTIO_CONSOLE_F_MULTIPORT, with control messages for names, sizes, opening
+and closing, is offered for one console, too: without it Linux does not say when it has made hvc0, and throws away input
+that comes between its first receive buffer and that.
 
     console = Console([ConsolePort(console=True), ConsolePort("org.example.agent")])
     console.ports[1].sink = print
@@ -274,6 +275,7 @@ class Console(VirtioDevice):
 
     name = "virtio-console"
     device_id = lib.VIRTIO_ID_CONSOLE
+    features = SIZE | EMERG_WRITE | MULTIPORT
 
     def __init__(self, ports: Sequence[ConsolePort] | None = None) -> None:
         self.ports = list(ports or [ConsolePort(console=True)])
@@ -282,9 +284,7 @@ class Console(VirtioDevice):
         names = [port.name for port in self.ports if port.name]
         if len(names) != len(set(names)):
             raise ConfigError("console", "two ports have the same name")
-        multiport = len(self.ports) > 1 or bool(names)
-        self.features = SIZE | EMERG_WRITE | (MULTIPORT if multiport else 0)
-        self.queue_sizes = (QUEUE_SIZE,) * (2 + 2 * len(self.ports) if multiport else 2)
+        self.queue_sizes = (QUEUE_SIZE,) * (2 + 2 * len(self.ports))
         self._multiport = False  # negotiated
         self._control: deque[bytes] = deque()
 
@@ -355,7 +355,7 @@ class Console(VirtioDevice):
         rows = state["ports"]
         if len(rows) != len(self.ports) or not all(map(ConsolePort.is_like, self.ports, rows)):
             raise SnapshotError(f"{self.name}: the snapshot's console has other ports")
-        self._multiport = state["multiport"] and bool(self.features & MULTIPORT)
+        self._multiport = state["multiport"]
         self._control = deque(state["control"])
         for port, row in zip(self.ports, rows, strict=True):
             port.restore(row)

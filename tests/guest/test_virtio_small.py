@@ -216,7 +216,7 @@ def test_balloon_takes_memory_back(guest_kernel: Path, initrd_with: Callable[...
     balloon = Balloon(reporting=False)
     initrd = initrd_with("virtio_mmio", "virtio_console", "virtio_balloon")
     boot = BootConfig(str(guest_kernel), initrd=str(initrd), cmdline=f'console=ttyS0 quiet pykvm.run="{SHELL}"')
-    with Pc(boot, memory="1G", devices=[Console([port]), balloon]) as pc:
+    with Pc(boot, memory="1G", irqchip="split", devices=[Console([port]), balloon]) as pc:
         shell = Shell(port)
         pc.start()
         assert shell.run("echo up") == "up\n"

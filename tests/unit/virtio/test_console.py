@@ -80,8 +80,7 @@ def test_output_and_input_of_one_console(drive: Drive) -> None:
     outlet = Outlet()
     port = ConsolePort(console=True, sink=outlet)
     driver = drive(Console([port]))
-    assert not driver.features() & 1 << lib.VIRTIO_CONSOLE_F_MULTIPORT
-    queues = driver.start()
+    queues = driver.start(NO_MULTIPORT)
     queues[TX].add([b"hello, ", b"world"])
     queues[TX].add([b"!"])
     queues[TX].kick()
@@ -101,7 +100,7 @@ def test_input_waits_for_buffers(drive: Drive) -> None:
     port.on_rx_space = lambda: told.append(1)
     driver = drive(Console([port]))
     assert port.receive(b"early") == 0
-    queues = driver.start()
+    queues = driver.start(NO_MULTIPORT)
     assert told == [1]
     assert port.receive(b"no buffer") == 0
     queues[RX].add([], [16])
@@ -203,6 +202,17 @@ def test_emergency_write(drive: Drive) -> None:
     driver.write(lib.VIRTIO_MMIO_CONFIG, 0xFFFF, 2)
     assert bytes(outlet.data) == b"!"
     assert driver.read(lib.VIRTIO_MMIO_CONFIG, 2) == 0
+
+
+def test_no_input_before_linux_has_its_terminal(drive: Drive) -> None:
+    """Receive buffers alone are no terminal: Linux throws away what comes before it says that the port is open."""
+    port = ConsolePort(console=True)
+    _, queues, _ = multiport(drive, Console([port]))
+    queues[RX].add([], [16])
+    queues[RX].kick()
+    assert port.receive(b"early") == 0
+    say(queues[CONTROL_TX], 0, lib.VIRTIO_CONSOLE_PORT_OPEN, 1)
+    assert port.receive(b"typed") == 5
 
 
 def test_ports_introduce_themselves(drive: Drive) -> None:
@@ -322,7 +332,7 @@ def test_a_broken_receive_queue_stops_the_device(drive: Drive) -> None:
     """`receive` meets a bad ring as the I/O thread would: NEEDS_RESET, and no exception for the sender."""
     port = ConsolePort(console=True)
     driver = drive(Console([port]))
-    queues = driver.start()
+    queues = driver.start(NO_MULTIPORT)
     queues[RX].descriptor(0, 1 << 40, 16, WRITE)
     queues[RX].offer(0)
     assert port.receive(b"x") == 0
