@@ -29,7 +29,7 @@ def clear(memory: GuestMemory, start: int, end: int) -> None:
         slot.view[last:high] = bytes(high - last)
         if first < last:
             try:
-                slot.map.madvise(mmap.MADV_DONTNEED if slot.fd < 0 else mmap.MADV_REMOVE, first, last - first)
+                slot.advise(mmap.MADV_DONTNEED if slot.fd < 0 else mmap.MADV_REMOVE, first, last - first)
             except OSError:  # a backing that cannot punch holes
                 memory.fill(slot.gpa + first, last - first)
 
@@ -39,7 +39,7 @@ def prefer_huge_pages(memory: GuestMemory, start: int, end: int) -> None:
     for slot, low, high in _parts(memory, start, end):
         first = low & -PAGE
         try:
-            slot.map.madvise(mmap.MADV_HUGEPAGE, first, _align_up(high) - first)
+            slot.advise(mmap.MADV_HUGEPAGE, first, _align_up(high) - first)
         except OSError:
             return  # a kernel without them
 

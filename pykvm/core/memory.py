@@ -28,11 +28,14 @@ HUGE_PAGE_SIZE = 2 << 20
 
 
 class Slot:
-    """One memslot: [gpa, gpa + size) of the guest backed by host memory at `hva`."""
+    """One memslot: [gpa, gpa + size) of the guest backed by host memory at `hva`.
+
+    `map` may be larger, for `hva` to be at a huge page where `gpa` is at one: KVM maps huge pages only then.
+    """
 
     __slots__ = (
         "copied", "dirty", "fd", "fd_offset", "file_fd", "gpa", "guard", "hva", "image", "index", "map", "name",
-        "readonly", "size", "view",
+        "readonly", "size", "skew", "view",
     )  # fmt: skip
 
     def __init__(self, index: int, gpa: int, size: int, backing: mmap.mmap, name: str, readonly: bool, fd: int) -> None:
@@ -48,9 +51,11 @@ class Slot:
         self.file_fd = -1  # the host's file that is mapped here, shared
         self.guard: FileGuard | None = None  # over files of the host that are mapped here in either way
         self.copied = False  # other processes have mapped it: snapshots are copies (core.memshared)
-        self.view = memoryview(backing)
         self.dirty: CData = ffi.NULL  # uint64_t[], a bit for each page that devices in C wrote; see publish()
-        self.hva = int(ffi.cast("uintptr_t", ffi.from_buffer(backing)))
+        start = int(ffi.cast("uintptr_t", ffi.from_buffer(backing)))
+        self.skew = min((gpa - start) % HUGE_PAGE_SIZE, len(backing) - size)  # where the slot begins in `map`
+        self.view = memoryview(backing)[self.skew : self.skew + size]
+        self.hva = start + self.skew
 
     @property
     def end(self) -> int:
@@ -61,6 +66,10 @@ class Slot:
     def shared_fd(self) -> int:
         """What another process maps to have this memory, from `fd_offset` on; -1 for nothing."""
         return self.file_fd if self.file_fd >= 0 and not self.readonly else self.fd
+
+    def advise(self, advice: int, offset: int, length: int) -> None:
+        """madvise(2) for [offset, offset + length) of the slot. Raises OSError."""
+        self.map.madvise(advice, self.skew + offset, length)
 
     def close_fd(self) -> None:
         """Close the memfd of a slot whose memory is mapped anew."""
@@ -123,18 +132,19 @@ class GuestMemory:
                 os.ftruncate(fd, size)
                 # hugetlbfs pages are reserved: one that is missing at its first access would be SIGBUS
                 flags = mmap.MAP_SHARED | (0 if huge else lib.MAP_NORESERVE)
-            backing = mmap.mmap(fd, size, flags)
+            spare = HUGE_PAGE_SIZE if fd < 0 and size >= HUGE_PAGE_SIZE else 0
+            backing = mmap.mmap(fd, size + spare, flags)
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
             what = f"{size >> 20} MiB {'in huge pages ' if huge else ''}for {name}: {error.strerror}"
             advice = f": sudo sysctl vm.nr_hugepages={size // HUGE_PAGE_SIZE}, or more" if huge else ""
             raise ConfigError("memory", f"cannot map {what}{advice}") from error
-        if self.hugepages and not self.memfd:
-            backing.madvise(mmap.MADV_HUGEPAGE)
         index = max((slot.index for slot in self.slots), default=-1) + 1
         slot = Slot(index, gpa, size, backing, name, readonly, fd)
         slot.copied = self.shared and fd >= 0
+        if self.hugepages and not self.memfd:
+            slot.advise(mmap.MADV_HUGEPAGE, 0, size)
         self.slots.append(slot)
         self.slots.sort(key=lambda each: each.gpa)
         self.publish()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 from pathlib import Path
 
 import pytest
 
-from pykvm.core.memory import HUGE_PAGE_SIZE, GuestMemory
+from pykvm._native import ffi
+from pykvm.core.memory import HUGE_PAGE_SIZE, PAGE_SIZE, GuestMemory
 from pykvm.errors import ConfigError
 
 
@@ -32,6 +34,21 @@ def test_a_few_pages_are_ordinary_ones() -> None:
     slot = memory.add(0xFFFE0000, 0x20000, name="firmware", readonly=True)
     memory.write(slot.gpa, b"x")
     assert slot.fd >= 0
+    memory.close()
+
+
+@pytest.mark.parametrize("gpa", [0, 4 << 30, (4 << 30) + PAGE_SIZE])
+def test_what_kvm_wants_for_huge_pages(gpa: int) -> None:
+    """GPA and HVA are as far from a huge page's start, and the slot has its size and its bytes where they belong."""
+    memory = GuestMemory()
+    slots = [memory.add(gpa + number * (8 << 20), 5 << 20) for number in range(2)]
+    for slot in slots:
+        assert (slot.hva - slot.gpa) % HUGE_PAGE_SIZE == 0
+        assert len(slot.view) == slot.size
+        memory.write(slot.end - 4, b"last")
+        assert bytes(ffi.buffer(ffi.cast("char *", slot.hva + slot.size - 4), 4)) == b"last"
+        slot.advise(mmap.MADV_DONTNEED, slot.size - PAGE_SIZE, PAGE_SIZE)
+        assert memory.read(slot.end - 4, 4) == bytes(4)
     memory.close()
 
 
