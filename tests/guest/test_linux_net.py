@@ -36,6 +36,8 @@ VHOST_HOST, VHOST_GUEST = "10.79.0.1", "10.79.0.2"
 WEB, UPLOAD = 8000, 9000  # ports of the lab, at its lo and at the tap
 FORWARDED, END = 18080, 19001  # ports of the lab that lead to 8080 and 9001 of the guest
 
+ETH_P_ALL, ETHERNET_MTU = 3, 1500
+
 DHCP_SCRIPT = b"""#!/bin/sh
 [ "$1" = bound ] || exit 0
 ip addr add "$ip/$mask" dev "$interface"
@@ -135,6 +137,25 @@ class Uploads:
         self._listener.close()
 
 
+class LongFrames:
+    """Watches an interface of the lab for frames that are longer than any on a wire; `seen` has the directions."""
+
+    def __init__(self, ifname: str) -> None:
+        self.seen: set[str] = set()
+        self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
+        self._socket.bind((ifname, ETH_P_ALL))
+        self._socket.settimeout(SECONDS)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        start = bytearray(64)
+        with self._socket, suppress(TimeoutError):
+            while len(self.seen) < 2:
+                length, address = self._socket.recvfrom_into(start, len(start), socket.MSG_TRUNC)
+                if length > 2 * ETHERNET_MTU:
+                    self.seen.add("to the guest" if address[2] == socket.PACKET_OUTGOING else "from the guest")
+
+
 def ended_by_connecting(pc: Pc) -> Outcome | None:
     """Connect to END until the guest has ended: passt drops a connection that comes before the guest listens."""
     for _ in range(SECONDS):
@@ -157,7 +178,7 @@ def test_networks(uplink: None, data: bytes, guest_kernel: Path, initrd_with: Ca
         subprocess.run(["ip", "addr", "add", f"{address}/24", "dev", tap.ifname], check=True)
     initrd = initrd_with("virtio_mmio", "virtio_net", files={"bin/job": JOB.encode(), "bin/dhcp": DHCP_SCRIPT})
     boot = BootConfig(str(guest_kernel), initrd=str(initrd), cmdline="console=ttyS0 quiet pykvm.run=job")
-    uploads = Uploads(3)
+    uploads, long_frames = Uploads(3), LongFrames(taps[TAP_HOST].ifname)
     with Pc(boot, memory=f"{384 + 2 * MIB}M", devices=[user, wired, vhost]) as pc:
         pc.start()
         pc.console.expect(r"job: .*inet 192\.168\.77\.2/24", timeout=SECONDS)
@@ -171,5 +192,5 @@ def test_networks(uplink: None, data: bytes, guest_kernel: Path, initrd_with: Ca
         assert "pykvm-initramfs: status 0" in pc.console.text
     uploads.close()
     assert uploads.hashes == [digest] * 3
-    assert wired.frames["rx"] < MIB << 20 >> 11  # large segments passed unfinished, not one by one
+    assert long_frames.seen == {"to the guest", "from the guest"}  # segments passed unfinished
     assert wired.dropped == user.dropped == {"rx": 0, "tx": 0}
