@@ -81,7 +81,7 @@ class Pc(Machine):
     virtio_cmdline   announce them on the kernel's command line instead of by ACPI
     config, options, image, spare   as for Machine; with an image nothing is loaded
 
-    Raises what Machine raises, and ImageError for a file that cannot be booted.
+    Raises what Machine raises, and ImageError for a file that cannot be booted; the devices are closed then.
     """
 
     def __init__(
@@ -100,10 +100,15 @@ class Pc(Machine):
         **options: object,
     ) -> None:
         self._memory_devices = [device for device in devices if device.memory_size]
-        if any(device.shared_memory for device in devices):
-            config = config or MachineConfig(**options)  # type: ignore[arg-type]
-            config.memfd = config.shared = True  # their back ends map guest memory
-        super().__init__(config, kvm=kvm, image=image, spare=spare, **options)
+        try:
+            if any(device.shared_memory for device in devices):
+                config = config or MachineConfig(**options)  # type: ignore[arg-type]
+                config.memfd = config.shared = True  # their back ends map guest memory
+            super().__init__(config, kvm=kvm, image=image, spare=spare, **options)
+        except BaseException:
+            for device in devices:
+                device.close()
+            raise
         self._options = {
             "serial_ports": serial_ports,
             "debug_exit": bool(debug_exit),

@@ -11,8 +11,9 @@ import guests
 import pytest
 from realmode import CLI_HLT, SPIN, machine
 
-from pykvm import Machine, Outcome
+from pykvm import Machine, Outcome, Pc
 from pykvm.core import reaper
+from pykvm.errors import PykvmError
 from pykvm.virtio.balloon import Balloon
 from pykvm.virtio.blk import Disk
 from pykvm.virtio.console import Console
@@ -90,6 +91,17 @@ def test_nothing_leaks_with_devices(tmp_path: Path) -> None:
     assert after[2] <= before[2] + 5
     assert after[3] - before[3] < RSS_SLACK_PAGES
     assert [entry.name for entry in tmp_path.iterdir()] == ["disk.img"]
+
+
+@pytest.mark.parametrize(("kernel", "cpus"), [("", 0), ("no such kernel", 1)])
+def test_devices_of_a_machine_that_cannot_be_made(tmp_path: Path, kernel: str, cpus: int) -> None:
+    """They are closed, whether it fails before or after them; also the socket that one listens on."""
+    _settle()
+    before = _open_fds()
+    with pytest.raises(PykvmError):
+        Pc(kernel or None, cpus=cpus, devices=[Rng(), Vsock(3, str(tmp_path / "vsock"))])
+    _settle()
+    assert (_open_fds(), list(tmp_path.iterdir())) == (before, [])
 
 
 def test_machines_side_by_side() -> None:
