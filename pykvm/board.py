@@ -11,6 +11,7 @@ import os
 from pykvm.boot.image import E820_RAM, E820_RESERVED, Boot, BootOptions, ImageFile, Module
 from pykvm.config import BootConfig, MachineConfig
 from pykvm.core.console import Console
+from pykvm.core.device import ClosedOnFailure
 from pykvm.core.fastuart import FastUart
 from pykvm.core.machine import Machine
 from pykvm.devices.acpi_pm import AcpiPm
@@ -100,15 +101,11 @@ class Pc(Machine):
         **options: object,
     ) -> None:
         self._memory_devices = [device for device in devices if device.memory_size]
-        try:
+        with ClosedOnFailure(devices):
             if any(device.shared_memory for device in devices):
                 config = config or MachineConfig(**options)  # type: ignore[arg-type]
                 config.memfd = config.shared = True  # their back ends map guest memory
             super().__init__(config, kvm=kvm, image=image, spare=spare, **options)
-        except BaseException:
-            for device in devices:
-                device.close()
-            raise
         self._options = {
             "serial_ports": serial_ports,
             "debug_exit": bool(debug_exit),
@@ -158,13 +155,9 @@ class Pc(Machine):
     def similar(self, image: Sequence[SlotImage], spare: Spare | None = None) -> Pc:
         """A new PC with the same devices over this memory, its vCPUs in no certain state (see `fork`)."""
         devices: list[VirtioDevice] = []
-        try:
+        with ClosedOnFailure(devices):
             for transport in self.virtio:
                 devices.append(transport.device.twin())
-        except BaseException:
-            for device in devices:
-                device.close()
-            raise
         options: dict[str, Any] = self._options
         twin = Pc(self.boot_config, self.config, image=image, spare=spare, devices=devices, **options)
         twin.boot = self.boot

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 from pykvm.config import parse_int, parse_size
+from pykvm.core.device import ClosedOnFailure
 from pykvm.errors import UsageError
 
 TYPE_CHECKING = False
@@ -178,16 +179,12 @@ GROUPS: dict[str, Callable[[list[str]], VirtioDevice]] = {"console": _console}
 def make_devices(values: dict[str, Any]) -> list[VirtioDevice]:
     """The devices that the parsed options ask for. Raises UsageError, and then none is left open."""
     devices: list[VirtioDevice] = []
-    try:
+    with ClosedOnFailure(devices):
         for key, make in MAKERS.items():
             given = values.get(key)
             texts = given if isinstance(given, list) else [] if given in (None, False) else [given]
             devices += [make("" if text is True else text) for text in texts]
         devices += [group(values[key]) for key, group in GROUPS.items() if values.get(key)]
-    except BaseException:
-        for device in devices:
-            device.close()
-        raise
     return devices
 
 

@@ -20,6 +20,7 @@ from pykvm.cli.options import HelpWanted, Option, Parser
 from pykvm.cli.start import SIGNAL_LAG_S, Signals
 from pykvm.cli.terminal import Input, say
 from pykvm.config import BootConfig, MachineConfig, parse_int, parse_seconds
+from pykvm.core.device import ClosedOnFailure
 from pykvm.errors import UsageError
 from pykvm.kernels.find import Kernel, find_kernel, named_kernel
 from pykvm.kernels.initramfs import MODULES, build_initramfs, command_script, shares_script
@@ -86,16 +87,11 @@ def run(argv: list[str]) -> int:
     streams = Streams()
     with tempfile.TemporaryDirectory(prefix="pykvm-run-") as folder:
         initrd = os.path.join(folder, "initrd")
-        devices: list[VirtioDevice] = []
-        try:
-            devices = _devices(values, streams)
+        devices = _devices(values, streams)
+        with ClosedOnFailure(devices):
             _write_initrd(Path(initrd), kernel, command, values, devices, streams)
             boot = BootConfig(str(kernel.image), initrd=initrd, cmdline=_cmdline(values))
             config = MachineConfig(memory=values["mem"], cpus=values["cpus"] or _cpus())
-        except BaseException:
-            for device in devices:
-                device.close()
-            raise
         with Pc(boot, config, devices=devices) as pc:
             return _session(pc, streams, values, signals)
 
@@ -120,7 +116,7 @@ def _devices(values: dict[str, Any], streams: Streams) -> list[VirtioDevice]:
     from pykvm.cli.devices import make_devices
 
     shares: list[VirtioDevice] = []
-    try:
+    with ClosedOnFailure(shares):
         shares.append(Share("/", tag="root", readonly=True))
         for index, text in enumerate(values["share"]):
             path, comma, word = text.rpartition(",")
@@ -128,10 +124,6 @@ def _devices(values: dict[str, Any], streams: Streams) -> list[VirtioDevice]:
                 path, word = text, ""
             shares.append(Share(path, tag=f"share{index}", readonly=word == "ro"))
         others = make_devices({"disk": values["disk"], "net": values["net"]})
-    except BaseException:
-        for device in shares:
-            device.close()
-        raise
     return [Console(streams.ports), *shares, *others]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pykvm.core.device import ClosedOnFailure
 from pykvm.core.state import BOOL, U32, U64, Bytes, Int, Kind, ListOf, Row, Shape, Text
 from pykvm.errors import SnapshotError, UsageError
 from pykvm.virtio.rate import limit_of
@@ -83,7 +84,7 @@ def make_devices(recipes: object, path: str, ends: Ends) -> list[VirtioDevice]:
     if not _RECIPES.accepts(recipes):
         raise SnapshotError(f"{path}: its list of devices is malformed")
     made: list[VirtioDevice] = []
-    try:
+    with ClosedOnFailure(made):
         for kind, options in recipes:  # type: ignore[attr-defined]
             if kind not in _KINDS:
                 raise SnapshotError(f"{path}: a device of kind {kind!r} is unknown")
@@ -91,10 +92,6 @@ def make_devices(recipes: object, path: str, ends: Ends) -> list[VirtioDevice]:
             shape.check(f"{path}: {kind}", 1, options)
             made.append(make(ends.replace(kind, options)))
         ends.check_used()
-    except BaseException:
-        for device in made:
-            device.close()
-        raise
     return made
 
 

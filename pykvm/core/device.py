@@ -14,10 +14,16 @@ from pykvm.core.state import STATELESS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+    from typing import Protocol
 
     from pykvm.core.outcome import Outcome
     from pykvm.core.state import Shape, State
+
+    class Closable(Protocol):
+        """A Device, or a VirtioDevice."""
+
+        def close(self) -> None: ...
 
 
 class Device:
@@ -85,3 +91,18 @@ class IrqLine:
         """One rising edge, for edge-triggered lines."""
         self.set(True)
         self.set(False)
+
+
+class ClosedOnFailure:
+    """`with ClosedOnFailure(devices): ...` closes those that are in the list by then, if the block raises."""
+
+    def __init__(self, devices: Iterable[Closable]) -> None:
+        self._devices = devices
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            for device in self._devices:
+                device.close()
